@@ -1,0 +1,38 @@
+"""The one edge where the driver's exceptions become ours, by SQLSTATE, never by message text.
+
+Not for the replication slot: what its errors mean for an operator is told by `wal.slot.explain`.
+SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
+
+from __future__ import annotations
+
+import psycopg
+
+from cdc_embedder.errors import ColumnFault, Misconfigured, Problem, ServerGone, SlotBusy, Temporary
+
+_SERVER_GONE = ("08", "57P")  # connection exceptions; admin shutdown, crash shutdown, cannot connect now
+_TRY_AGAIN = ("40001", "40P01", "55P03", "57014")  # serialization, deadlock, lock timeout, cancelled
+_COLUMN = ("42P01", "42703", "42704", "42804", "42846", "42883", "42501", "22000", "22P02", "428C9", "23502", "42P17")
+
+
+def from_database(error: psycopg.Error, doing: str) -> Problem:
+    """Translate the driver's `error`, met while `doing` something, by its SQLSTATE."""
+    state = error.sqlstate
+    primary = error.diag.message_primary or (str(error).splitlines() or ["no message"])[0]
+    message = f"{doing}: {primary}"
+    hint = error.diag.message_hint or ""
+    if state is None:
+        if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+            return ServerGone(message, hint=hint)
+        return Problem(message, hint=hint)
+    if state.startswith(_SERVER_GONE) or state in ("53300", "25006", "57P05"):
+        return ServerGone(message, hint=hint, sqlstate=state)
+    if state == "55006":
+        return SlotBusy(message, hint=hint, sqlstate=state)
+    if state in _TRY_AGAIN or state.startswith("53"):
+        return Temporary(message, hint=hint, sqlstate=state)
+    if state.startswith("28") or state == "3D000":
+        return Misconfigured(message, hint=hint or "check the DSN, the password and pg_hba.conf", sqlstate=state)
+    if state in _COLUMN:
+        return ColumnFault(message, hint=hint, sqlstate=state)
+    return Problem(message, hint=hint, sqlstate=state)

@@ -1,0 +1,122 @@
+"""Which embedder serves a model's row: loads each once, whoever asks first, and keeps the operator's limits.
+
+Also the models that come pre-filled, for use without a database. Nothing here imports torch or httpx before a model
+that needs it is asked for, so that commands which embed nothing start at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from cdc_embedder.embedding.base import Embedder, ModelSpec
+from cdc_embedder.errors import ModelFault
+
+_BUILTIN = {
+    spec.name: spec
+    for spec in (
+        ModelSpec("all-MiniLM-L6-v2", 384, source="sentence-transformers/all-MiniLM-L6-v2"),
+        ModelSpec("intfloat/e5-small-v2", 384, document_prompt="passage: ", query_prompt="query: "),
+        ModelSpec(
+            "mixedbread-ai/mxbai-embed-large-v1",
+            1024,
+            query_prompt="Represent this sentence for searching relevant passages: ",
+        ),
+        ModelSpec("Alibaba-NLP/gte-large-en-v1.5", 1024, trust_remote_code=True),
+    )
+}
+
+
+def builtin_spec(name: str) -> ModelSpec | None:
+    """The pre-filled model of that name, as `sql/models.sql` has it; None where there is none."""
+    return _BUILTIN.get(name)
+
+
+class Embedders:
+    """Loaded models by their row. Safe to call from several threads; calls block while a model loads."""
+
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        allow_remote_code: bool = False,
+        api_key_envs: Iterable[str] = ("OPENAI_API_KEY",),
+        base_urls: Iterable[str] | None = None,
+    ) -> None:
+        self._device = device
+        self._allow_remote_code = allow_remote_code
+        self._api_key_envs = frozenset(api_key_envs)
+        self._base_urls = None if base_urls is None else tuple(base_urls)
+        self._entries: dict[ModelSpec, _Entry] = {}
+        self._lock = threading.Lock()
+
+    def get(self, spec: ModelSpec) -> Embedder:
+        """The embedder of `spec`, loaded if need be. Raises ModelFault, EmbedderDown or Misconfigured; a failed
+        load is not remembered."""
+        with self._lock:
+            entry = self._entries.setdefault(spec, _Entry())
+        with entry.lock:
+            if entry.embedder is None:
+                entry.embedder = self._load(spec)
+            return entry.embedder
+
+    def forget(self, spec: ModelSpec) -> None:
+        """Free what is held for `spec`; the next `get` loads it anew."""
+        with self._lock:
+            entry = self._entries.pop(spec, None)
+        if entry is not None:
+            entry.close()
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        with self._lock:
+            entries, self._entries = list(self._entries.values()), {}
+        for entry in entries:
+            entry.close()
+
+    def _load(self, spec: ModelSpec) -> Embedder:
+        match spec.backend:
+            case "fake":
+                from cdc_embedder.embedding.fake import FakeEmbedder
+
+                return FakeEmbedder(spec)
+            case "openai":
+                from cdc_embedder.embedding.http import HttpEmbedder
+
+                return HttpEmbedder(spec, allowed_key_envs=self._api_key_envs, allowed_base_urls=self._base_urls)
+            case "local":
+                return self._load_local(spec)
+            case _:
+                raise ModelFault(
+                    f"the model {spec.name} has the backend {spec.backend}, which this version does not have",
+                    hint="Use local, openai or fake",
+                )
+
+    def _load_local(self, spec: ModelSpec) -> Embedder:
+        if spec.trust_remote_code and not self._allow_remote_code:
+            raise ModelFault(
+                f"the model {spec.name} brings code of its own, which may not run here",
+                hint="Read that code; then set CDC_EMBEDDER_ALLOW_REMOTE_CODE=on and restart the service",
+            )
+        try:
+            from cdc_embedder.embedding.local import LocalEmbedder
+        except ImportError as error:
+            raise ModelFault(
+                f"the model {spec.name} needs {error.name or 'torch'}, which is not installed",
+                hint="pip install 'cdc-embedder[local]'",
+            ) from error
+        return LocalEmbedder(spec, self._device)
+
+
+class _Entry:
+    """One model's place: empty until its load, which one thread does while others wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.embedder: Embedder | None = None
+
+    def close(self) -> None:
+        with self.lock:
+            if self.embedder is not None:
+                self.embedder.close()
+                self.embedder = None

@@ -1,0 +1,110 @@
+"""A configured column while the service runs: its waiting keys, its model, how it is doing. No I/O.
+
+A lane is *served* when changes of its table are put on its waiting list. One that is not served has a scan requested,
+durably, before its keys are forgotten, so that nothing is lost by passing changes over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cdc_embedder.catalog import EmbeddingColumn
+from cdc_embedder.embedding.base import Embedder
+from cdc_embedder.pending import Pending, Work
+from cdc_embedder.routing import Route
+
+BATCH_SECONDS = 0.25
+"""What one call of the embedder should take at most: live changes wait behind it."""
+
+LOCK_SECONDS = 0.1
+"""What one write-back should take at most: it holds row locks (rule 5)."""
+
+HEAL_SECONDS = 10.0
+"""After how long a column that failed for a reason found while running is tried again."""
+
+
+@dataclass(slots=True)
+class Size:
+    """How many rows go into one step: adapts to what the last ones took, within bounds."""
+
+    rows: int
+    lowest: int
+    highest: int
+    seconds: float
+
+    def took(self, rows: int, elapsed: float) -> None:
+        """A step of `rows` took `elapsed` seconds; a step that was not full only ever makes it smaller."""
+        if elapsed > self.seconds:
+            self.rows = max(self.lowest, min(self.rows, int(rows * self.seconds / elapsed)))
+        elif rows >= self.rows and elapsed < self.seconds / 2:
+            self.rows = min(self.highest, self.rows * 2)
+
+
+@dataclass(slots=True)
+class ScanProgress:
+    """What the last complete scan, or the running one, has counted."""
+
+    wanted: bool = False
+    counted: bool = False
+    running: bool = False
+    rows: int = 0
+    null: int = 0
+    current: int = 0
+    failed: int = 0
+    truncated: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """Everything that is known about a column on this connection.
+
+    `barrier` and `covered`: see `scanning` and `following`. `uncovered`, `trouble` and `waiting_for` are what `status`
+    tells while the column works all the same: no stream, no embedder for the moment, old transactions.
+    """
+
+    column: EmbeddingColumn
+    pending: Pending
+    route: Route
+    served: bool = False
+    paused: str = ""
+    fault: str = ""
+    fault_until: float = 0.0
+    waiting_for: str = ""
+    trouble: str = ""
+    uncovered: str = ""
+    covered: bool | None = None
+    next_scan: float = 0.0
+    embedder: Embedder | None = None
+    loading: bool = False
+    down_until: float = 0.0
+    failures: int = 0
+    barrier: int | None = None
+    scan: ScanProgress = field(default_factory=ScanProgress)
+    embed_size: Size = field(default_factory=lambda: Size(16, 1, 1024, BATCH_SECONDS))
+    write_size: Size = field(default_factory=lambda: Size(256, 16, 1024, LOCK_SECONDS))
+    embedded: int = 0
+    cleared: int = 0
+    rejected: int = 0
+    last_error: str = ""
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """State and reason, in the words of the `status` view."""
+        if self.fault:
+            return "error", self.fault
+        if not self.column.enabled:
+            return "paused", "paused"
+        if self.paused:
+            return "paused", self.paused
+        reason = "; ".join(filter(None, (self.uncovered, self.trouble, self.waiting_for)))
+        if self.scan.wanted or self.scan.running or not (self.scan.counted or self.covered is False):
+            return "backfilling", reason
+        return ("error" if self.uncovered and not self.column.unlogged else "live"), reason
+
+    def ready(self, now: float) -> bool:
+        """Whether the model can be given work."""
+        return self.served and self.embedder is not None and self.down_until <= now
+
+    def scan_drained(self) -> bool:
+        """Whether every key that a scan found has been judged."""
+        return self.pending.unfinished(Work.SCAN) == 0

@@ -1,0 +1,224 @@
+"""Rule 3: the keys that wait to be judged, one entry a key, newest wins. No I/O.
+
+Memory holds keys only. An entry remembers the oldest commit that asked for it (it holds the watermark there) and
+the xid of the latest commit in stream order (rule 2: by which snapshot it may be judged). A change to a key that is
+being worked on makes it dirty: it waits again when that work ends, whatever came of it.
+
+Three classes of work: live before repair before scan. A live change to a key that waits for a scan lifts it up; a
+scan that meets a waiting key changes nothing about it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from cdc_embedder.watermark import Position, Watermark
+
+Key = tuple[str, ...]
+"""The key columns' values in the text form of a pinned session, in key order."""
+
+
+class Work(IntEnum):
+    """Classes of work, most urgent first."""
+
+    LIVE = 0
+    REPAIR = 1
+    SCAN = 2
+
+
+@dataclass(slots=True, eq=False)
+class Reason:
+    """Why a key has to be judged: since when (monotonic seconds), and which transactions asked for it.
+
+    `position` belongs to the oldest such transaction, `xid` to the latest; both are None for a scan's wish.
+    """
+
+    since: float
+    position: Position | None = None
+    xid: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A key that waits, is delayed or is in flight. `dirty` is what came while it was in flight."""
+
+    key: Key
+    work: Work
+    reason: Reason
+    in_flight: bool = False
+    delayed: bool = False
+    dirty: Reason | None = None
+    tries: int = 0
+
+
+class Pending:
+    """The waiting keys of one column. Every method is O(1) a key, amortized."""
+
+    def __init__(self, watermark: Watermark) -> None:
+        self._watermark = watermark
+        self._entries: dict[Key, Entry] = {}  # in order of `reason.since`
+        self._queues: tuple[deque[Entry], ...] = (deque(), deque(), deque())
+        self._waiting = [0, 0, 0]
+        self._unfinished = [0, 0, 0]
+        self._delayed: list[tuple[float, int, Entry]] = []
+        self._delays = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def waiting(self, work: Work) -> int:
+        """How many keys of this class could be taken now."""
+        return self._waiting[work]
+
+    def unfinished(self, work: Work) -> int:
+        """How many keys of this class wait, are delayed or are in flight."""
+        return self._unfinished[work]
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when the oldest key waits; None where none does."""
+        for entry in self._entries.values():
+            return entry.reason.since
+        return None
+
+    def change(self, key: Key, position: Position, xid: int, now: float) -> None:
+        """A transaction of the stream changed the row with this key."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._add(key, Work.LIVE, now)
+        elif entry.work is not Work.LIVE:
+            self._lift(entry)
+        if entry.in_flight:
+            reason = entry.dirty = entry.dirty or Reason(now)
+        else:
+            reason = entry.reason
+        if reason.position is None:
+            reason.position = position
+            self._watermark.hold(position)
+        reason.xid = xid
+
+    def want(self, key: Key, work: Work, now: float) -> None:
+        """A scan or a retry wants the row with this key judged; what is known about it already stays."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self._add(key, work, now)
+        elif entry.in_flight and entry.dirty is None:
+            entry.dirty = Reason(now)
+
+    def take(self, work: Work, limit: int, now: float) -> list[Entry]:
+        """Up to `limit` waiting keys of a class, oldest first; they are in flight until finished or given back."""
+        self.wake(now)
+        queue = self._queues[work]
+        taken: list[Entry] = []
+        while queue and len(taken) < limit:
+            entry = queue.popleft()
+            if entry.work is not work:
+                continue  # lifted to another class, and queued there
+            entry.in_flight = True
+            self._waiting[work] -= 1
+            taken.append(entry)
+        return taken
+
+    def finish(self, entries: Iterable[Entry]) -> None:
+        """A fetch judged these keys done, and what it saw is durable. Dirty ones wait again; forgotten ones do not."""
+        for entry in entries:
+            if self._entries.get(entry.key) is not entry:
+                continue
+            entry.in_flight, entry.tries = False, 0
+            if entry.reason.position is not None:
+                self._watermark.release(entry.reason.position)
+            del self._entries[entry.key]
+            if entry.dirty is None:
+                self._unfinished[entry.work] -= 1
+            else:
+                entry.reason, entry.dirty = entry.dirty, None
+                self._entries[entry.key] = entry
+                self._enqueue(entry)
+
+    def give_back(self, entries: Iterable[Entry], now: float, delay_s: float = 0.0) -> None:
+        """Nothing was decided about these keys: they wait again, `delay_s` at least, their position still held."""
+        for entry in entries:
+            if self._entries.get(entry.key) is not entry:
+                continue
+            entry.in_flight = False
+            entry.tries += 1
+            if entry.dirty is not None:
+                self._merge(entry, entry.dirty)
+                entry.dirty = None
+            if delay_s > 0:
+                entry.delayed = True
+                self._delays += 1
+                heapq.heappush(self._delayed, (now + delay_s, self._delays, entry))
+            else:
+                self._enqueue(entry)
+
+    def wake(self, now: float) -> float | None:
+        """Queue the delayed keys whose time has come; returns the time of the next one, or None."""
+        while self._delayed and self._delayed[0][0] <= now:
+            entry = heapq.heappop(self._delayed)[2]
+            entry.delayed = False
+            self._enqueue(entry)
+        return self._delayed[0][0] if self._delayed else None
+
+    def clear(self) -> None:
+        """Forget every key: the column is no longer served, and nothing of it holds the watermark."""
+        for entry in self._entries.values():
+            for reason in _reasons(entry):
+                if reason.position is not None:
+                    self._watermark.release(reason.position)
+        self._entries.clear()
+        self._delayed.clear()
+        for queue in self._queues:
+            queue.clear()
+        self._waiting = [0, 0, 0]
+        self._unfinished = [0, 0, 0]
+
+    def rebase(self, watermark: Watermark) -> None:
+        """The stream starts again from what was confirmed, so that every commit held here arrives once more.
+
+        The keys stay; they hold nothing until the new stream asks for them again.
+        """
+        self._watermark = watermark
+        for entry in self._entries.values():
+            for reason in _reasons(entry):
+                reason.position = None
+
+    def _add(self, key: Key, work: Work, now: float) -> Entry:
+        entry = self._entries[key] = Entry(key, work, Reason(now))
+        self._unfinished[work] += 1
+        self._enqueue(entry)
+        return entry
+
+    def _enqueue(self, entry: Entry) -> None:
+        self._queues[entry.work].append(entry)
+        self._waiting[entry.work] += 1
+
+    def _lift(self, entry: Entry) -> None:
+        """Make it live; its place in the queue of its old class is passed over there."""
+        waits = not entry.in_flight and not entry.delayed
+        self._unfinished[entry.work] -= 1
+        self._unfinished[Work.LIVE] += 1
+        if waits:
+            self._waiting[entry.work] -= 1
+        entry.work = Work.LIVE
+        if waits:
+            self._enqueue(entry)
+
+    def _merge(self, entry: Entry, later: Reason) -> None:
+        """The older commit keeps its hold, the later xid decides about visibility."""
+        if later.xid is not None:
+            entry.reason.xid = later.xid
+        if later.position is None:
+            return
+        if entry.reason.position is None:
+            entry.reason.position = later.position
+        else:
+            self._watermark.release(later.position)
+
+
+def _reasons(entry: Entry) -> list[Reason]:
+    return [entry.reason] if entry.dirty is None else [entry.reason, entry.dirty]

@@ -1,0 +1,359 @@
+"""The only place where the stages meet: to follow a row, read this file.
+
+    stream ─messages→ router ─keys→ Pending ─keys→ fetch ─texts→ embed ─vectors→ write ─done→ watermark → stream
+
+Stages overlap: while the model works on one batch, the next is being fetched and the last one written; between two
+stages waits one batch, no more. A batch leaves as soon as the device is free. Reading pauses when Pending is full;
+status updates go on. What comes back without a decision waits again, its commit unconfirmed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import psycopg
+
+from cdc_embedder.catalog import EmbeddingColumn
+from cdc_embedder.database_errors import from_database
+from cdc_embedder.embedding.base import InputType, Vectors
+from cdc_embedder.embedding.isolation import embed_isolating
+from cdc_embedder.errors import ColumnFault, EmbedderDown, Problem, ServerGone, Temporary
+from cdc_embedder.following import Configuration
+from cdc_embedder.lane import Lane
+from cdc_embedder.pending import Entry, Pending, Work
+from cdc_embedder.routing import Router
+from cdc_embedder.rows import scan
+from cdc_embedder.rows.fetch import Fetch, Row, Verdict
+from cdc_embedder.rows.session import Connection
+from cdc_embedder.rows.writeback import Write
+from cdc_embedder.rows.writers import Writers
+from cdc_embedder.scheduling import Candidate, Scheduler
+from cdc_embedder.wal.stream import ReplicationStream
+
+log = logging.getLogger(__name__)
+
+now = time.monotonic
+
+INVISIBLE_SECONDS = 0.01
+"""First wait for a transaction that is decoded and not visible yet; doubles up to RETRY_SECONDS."""
+
+RETRY_SECONDS = 2.0
+"""Longest wait before a row that was locked, or a statement that was refused for the moment, is tried again."""
+
+RETRY_POLL_SECONDS = 5.0
+"""How often the ledgers are asked for failed rows whose time has come."""
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Rows of one column on their way, as it was configured when they were read."""
+
+    lane: Lane
+    column: EmbeddingColumn
+    pending: Pending
+    entries: list[Entry]
+    rows: list[Row]
+    chosen: Candidate
+    writes: list[Write]
+    vectors: Vectors
+
+
+class Pipeline:
+    """One connection's worth of work. `stop` makes the stages finish what they have in hand, in order."""
+
+    def __init__(self, configuration: Configuration, fetcher: Connection, writers: Writers, max_pending: int) -> None:
+        self._configuration = configuration
+        self._fetcher = fetcher
+        self._writers = writers
+        self._max_pending = max_pending
+        self._scheduler = Scheduler()
+        self._fetches: dict[int, tuple[EmbeddingColumn, Fetch]] = {}
+        self._work = asyncio.Event()
+        self._room = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._to_embed: asyncio.Queue[Batch | None] = asyncio.Queue(maxsize=1)
+        self._to_write: asyncio.Queue[Batch | None] = asyncio.Queue(maxsize=1)
+        self.stream: ReplicationStream | None = None
+
+    @property
+    def lanes(self) -> list[Lane]:
+        return list(self._configuration.lanes.values())
+
+    @property
+    def pending(self) -> int:
+        """Keys that wait or are in flight, of all columns."""
+        return sum(len(lane.pending) for lane in self._configuration.lanes.values())
+
+    def wake(self) -> None:
+        """Something may have become possible: there is work, or a model, or room."""
+        self._work.set()
+
+    def stop(self) -> None:
+        """Take no more keys; what is in hand is embedded, written and confirmed."""
+        self._stopping.set()
+        self._work.set()
+
+    def confirm(self) -> None:
+        """Tell the stream how far the slot may be confirmed."""
+        if self.stream is not None:
+            self.stream.confirm(self._configuration.watermark.flushed)
+
+    async def read(self, stream: ReplicationStream, router: Router) -> None:
+        """Route what the stream delivers, until cancelled. Raises what the stream raises."""
+        watermark = self._configuration.watermark
+        async for messages in stream.batches():
+            if messages:
+                router.route(messages, now())
+                self._work.set()
+                if router.unusable or any(lane.route.missed for lane in self.lanes):
+                    router.unusable.clear()
+                    self._configuration.wake.set()
+            watermark.idle(stream.idle_through)
+            self.confirm()
+            while self.pending >= self._max_pending:
+                self._room.clear()
+                await self._room.wait()
+
+    async def fetch(self) -> None:
+        """Take the keys whose turn it is, judge them, pass on what needs the model or a write."""
+        while not self._stopping.is_set():
+            while self._to_embed.full():
+                await asyncio.sleep(0.001)
+            chosen = self._choose()
+            if chosen is None:
+                await self._idle()
+                continue
+            lane = self._configuration.lanes[chosen.column]  # type: ignore[index]
+            batch = await self._judge(lane, chosen)
+            if batch is not None:
+                await self._to_embed.put(batch)
+        await self._to_embed.put(None)
+
+    async def embed(self) -> None:
+        """Texts to vectors in a worker thread, one batch at a time."""
+        while (batch := await self._to_embed.get()) is not None:
+            if await self._embed(batch):
+                await self._to_write.put(batch)
+        await self._to_write.put(None)
+
+    async def write(self) -> None:
+        """Write back, finish what was written, give back what was not."""
+        while (batch := await self._to_write.get()) is not None:
+            await self._write(batch)
+            self.confirm()
+            self._room.set()
+            self._work.set()
+
+    async def retry(self, connection: Connection) -> None:
+        """For ever: put failed rows on the waiting list again when their time has come."""
+        while True:
+            await asyncio.sleep(RETRY_POLL_SECONDS)
+            for lane in self.lanes:
+                if not lane.ready(now()) or lane.pending.unfinished(Work.REPAIR):
+                    continue
+                try:
+                    due = await scan.due(connection, lane.column, scan.PAGE)
+                except psycopg.Error as error:
+                    await self._trouble(lane, from_database(error, f"looking for failed rows of {lane.column.label}"))
+                    continue
+                for key in due:
+                    lane.pending.want(key, Work.REPAIR, now())
+                if due:
+                    self._work.set()
+
+    def _choose(self) -> Candidate | None:
+        present = now()
+        candidates = []
+        for id, lane in self._configuration.lanes.items():
+            if not lane.ready(present):
+                continue
+            lane.pending.wake(present)
+            candidates += [Candidate(id, work, lane.column.priority) for work in Work if lane.pending.waiting(work) > 0]
+        return self._scheduler.choose(candidates)
+
+    async def _idle(self) -> None:
+        """Until something wakes us, or a delayed key or a resting embedder is due."""
+        self._work.clear()
+        present = now()
+        times = [lane.pending.wake(present) for lane in self.lanes] + [
+            lane.down_until for lane in self.lanes if lane.down_until > present
+        ]
+        due = min((time for time in times if time is not None), default=present + 1.0)
+        try:
+            await asyncio.wait_for(self._work.wait(), max(0.001, due - present))
+        except TimeoutError:
+            pass
+
+    async def _judge(self, lane: Lane, chosen: Candidate) -> Batch | None:
+        column, pending = lane.column, lane.pending
+        entries = pending.take(chosen.work, lane.embed_size.rows, now())
+        if not entries:
+            return None
+        try:
+            snapshot, rows = await self._fetch_of(column).rows([entry.key for entry in entries])
+        except psycopg.Error as error:
+            pending.give_back(entries, now(), RETRY_SECONDS)
+            await self._trouble(lane, from_database(error, f"reading {column.label}"))
+            return None
+        done, invisible = [], []
+        batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32))
+        for entry, row in zip(entries, rows, strict=True):
+            if entry.reason.xid is not None and not snapshot.sees(entry.reason.xid):
+                invisible.append(entry)
+            elif row.verdict is Verdict.DONE:
+                done.append(entry)
+            else:
+                batch.entries.append(entry)
+                batch.rows.append(row)
+        pending.finish(done)
+        for entry in invisible:
+            pending.give_back([entry], now(), min(RETRY_SECONDS, INVISIBLE_SECONDS * 2 ** min(entry.tries, 10)))
+        if done:
+            self.confirm()
+            self._room.set()
+        return batch if batch.entries else None
+
+    def _fetch_of(self, column: EmbeddingColumn) -> Fetch:
+        known = self._fetches.get(column.id)
+        if known is None or known[0] is not column:
+            known = self._fetches[column.id] = (column, Fetch(self._fetcher, column))
+        return known[1]
+
+    async def _embed(self, batch: Batch) -> bool:
+        """Fill in writes and vectors; False where the embedder is down and the keys wait again."""
+        lane, column = batch.lane, batch.column
+        texts: list[str] = []
+        where: list[int] = []
+        errors: dict[int, str] = {}
+        for index, row in enumerate(batch.rows):
+            if row.verdict is Verdict.EMBED and row.text is not None:
+                try:
+                    texts.append(row.text.decode())
+                    where.append(index)
+                except UnicodeDecodeError as error:
+                    errors[index] = f"the text is not valid UTF-8 at byte {error.start}"
+        vectors = np.zeros((len(batch.rows), column.model.dimensions), dtype=np.float32)
+        truncated: set[int] = set()
+        started = now()
+        if texts:
+            embedder = lane.embedder
+            if embedder is None or lane.column.model != column.model:
+                batch.pending.give_back(batch.entries, now(), INVISIBLE_SECONDS)
+                return False
+            try:
+                outcome = await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
+            except EmbedderDown as problem:
+                self._down(batch, problem)
+                return False
+            except Problem as problem:
+                batch.pending.give_back(batch.entries, now(), RETRY_SECONDS)
+                await self._configuration.fail(lane, problem)
+                return False
+            vectors[where] = outcome.vectors
+            errors |= {where[index]: sentence for index, sentence in outcome.errors.items()}
+            truncated = {where[index] for index in np.flatnonzero(outcome.truncated)}
+        elapsed = now() - started
+        self._scheduler.account(batch.chosen, elapsed + 1e-6 * len(batch.rows))
+        if texts:
+            lane.embed_size.took(len(batch.entries), elapsed)
+            lane.failures, lane.trouble = 0, ""
+        batch.writes = [
+            Write(
+                entry.key,
+                row.fingerprint or b"",
+                has_vector=row.verdict is Verdict.EMBED and index not in errors,
+                truncated=index in truncated,
+                keep=index in errors and row.failures == 0,
+                error=errors.get(index),
+            )
+            for index, (entry, row) in enumerate(zip(batch.entries, batch.rows, strict=True))
+        ]
+        batch.vectors = vectors
+        return True
+
+    def _down(self, batch: Batch, problem: EmbedderDown) -> None:
+        """Trouble of the device or the network: nothing is counted against a row; the column rests, its keys wait."""
+        lane = batch.lane
+        lane.failures += 1
+        rest = problem.retry_after or min(60.0, 0.5 * 2 ** min(lane.failures, 8))
+        lane.down_until = now() + rest
+        lane.trouble = lane.last_error = problem.sentence
+        log.warning("%s: %s; trying again in %.1f s", lane.column.label, problem.sentence, rest)
+        batch.pending.give_back(batch.entries, now())
+
+    async def _write(self, batch: Batch) -> None:
+        size, start = batch.lane.write_size, 0
+        while start < len(batch.writes):
+            chunk = slice(start, start + size.rows)
+            began = now()
+            try:
+                done = await self._writers.write(batch.column, batch.writes[chunk], batch.vectors[chunk])
+            except psycopg.Error as error:
+                await self._not_written(batch, chunk, from_database(error, f"writing {batch.column.label}"))
+            else:
+                size.took(len(batch.writes[chunk]), now() - began)
+                self._written(batch, chunk, done)
+            start = chunk.stop
+
+    def _written(self, batch: Batch, chunk: slice, done: set[int]) -> None:
+        lane = batch.lane
+        entries, writes = batch.entries[chunk], batch.writes[chunk]
+        batch.pending.finish(entry for index, entry in enumerate(entries) if index in done)
+        for index, entry in enumerate(entries):
+            if index not in done:
+                batch.pending.give_back([entry], now(), min(RETRY_SECONDS, 0.02 * 2 ** min(entry.tries, 7)))
+        for index in done:
+            write = writes[index]
+            if write.error is not None:
+                lane.rejected += 1
+                lane.scan.failed += lane.scan.running
+                lane.last_error = write.error
+            elif write.has_vector:
+                lane.embedded += 1
+                lane.scan.current += lane.scan.running
+            else:
+                lane.cleared += 1
+        if not done:
+            self._configuration.wake.set()
+
+    async def _not_written(self, batch: Batch, chunk: slice, problem: Problem) -> None:
+        """Rule 5: contention is requeued whole. A row that the database refuses is found by halving."""
+        entries, writes = batch.entries[chunk], batch.writes[chunk]
+        if self._writers.blames_a_row(problem):
+            await self._configuration.reload()
+        if self._writers.blames_a_row(problem) and batch.lane.column is batch.column and not batch.lane.fault:
+            if len(writes) > 1:
+                middle = chunk.start + len(writes) // 2
+                for part in (slice(chunk.start, middle), slice(middle, chunk.start + len(writes))):
+                    await self._write_part(batch, part)
+                return
+            if writes[0].error is None:
+                state = problem.sqlstate
+                refused = f"the database refused the row with SQLSTATE {state}: a constraint or a trigger of the table"
+                batch.writes[chunk] = [Write(writes[0].key, writes[0].fingerprint, False, keep=True, error=refused)]
+                await self._write_part(batch, chunk)
+                return
+        batch.pending.give_back(entries, now(), RETRY_SECONDS)
+        await self._trouble(batch.lane, problem)
+
+    async def _write_part(self, batch: Batch, part: slice) -> None:
+        try:
+            done = await self._writers.write(batch.column, batch.writes[part], batch.vectors[part])
+        except psycopg.Error as error:
+            await self._not_written(batch, part, from_database(error, f"writing {batch.column.label}"))
+        else:
+            self._written(batch, part, done)
+
+    async def _trouble(self, lane: Lane, problem: Problem) -> None:
+        """Raise what concerns the connection, note what passes, pause the column for the rest."""
+        if isinstance(problem, ServerGone):
+            raise problem
+        if isinstance(problem, Temporary):
+            log.info("%s; trying again", problem.sentence)
+            return
+        await self._configuration.fail(lane, problem if isinstance(problem, ColumnFault) else ColumnFault(str(problem)))
+        self._configuration.wake.set()

@@ -1,0 +1,157 @@
+"""What has to be there before the stream is opened: a server that can, our schema, the lock, the slot.
+
+The order matters where something is made anew: first the scan of every column is requested, durably, then the slot is
+made; a crash between the two costs a scan, never a row. The publication stands before the slot does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import psycopg
+from psycopg import sql
+
+from cdc_embedder.errors import Misconfigured, SlotBusy
+from cdc_embedder.rows import requests
+from cdc_embedder.rows.session import Connection, connect, one
+from cdc_embedder.wal import slot as slots
+
+log = logging.getLogger(__name__)
+
+OLDEST_SERVER = 140000
+SCHEMA_VERSION = 1
+"""The migration that this package needs; an older schema wants `init`, a newer one a newer package."""
+
+PATIENCE_SECONDS = 86_400.0
+"""How long the making of a slot may wait for open transactions; trying again sooner would only wait longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The slot as it stands when the service has it."""
+
+    slot: str
+    plugin: str
+    server_encoding: str
+
+
+async def check_server(connection: Connection, slot: str) -> None:
+    """Raises Misconfigured where the server or our schema in it cannot be worked with."""
+    version = connection.info.server_version
+    if version < OLDEST_SERVER:
+        raise Misconfigured(f"the server is PostgreSQL {version // 10000}; 14 is the oldest that can be served")
+    row = await one(connection, "SELECT pg_is_in_recovery(), to_regclass('cdc_embedder.migration') IS NOT NULL")
+    assert row is not None
+    if row[0]:
+        raise Misconfigured(
+            "the server is a standby: vectors cannot be written back to it",
+            hint="give the primary's address in CDC_EMBEDDER_DSN; target_session_attrs=read-write finds it among several",
+        )
+    if not row[1]:
+        raise Misconfigured("the schema cdc_embedder is not installed in this database", hint="run: cdc-embedder init")
+    found = await one(connection, "SELECT max(version) FROM cdc_embedder.migration")
+    installed = int(found[0] or 0) if found else 0
+    if installed < SCHEMA_VERSION:
+        raise Misconfigured(f"the schema is of version {installed}, {SCHEMA_VERSION} is needed",
+                            hint="run: cdc-embedder init")  # fmt: skip
+    if installed > SCHEMA_VERSION:
+        raise Misconfigured(
+            f"the schema is of version {installed}, newer than this cdc-embedder knows ({SCHEMA_VERSION})",
+            hint="install the newer cdc-embedder",
+        )
+
+
+async def take_advisory_lock(connection: Connection, slot: str) -> None:
+    """The lock beside the slot, held as long as the session lives. Raises SlotBusy."""
+    row = await one(connection, "SELECT pg_try_advisory_lock(hashtextextended('cdc_embedder:' || $1, 0))", (slot,))
+    if row is None or not row[0]:
+        raise SlotBusy(f"another instance serves the slot {slot}; this one is ready to take over")
+
+
+async def take_slot(connection: Connection, dsn: str, slot: str, plugin: str, refused: Collection[str]) -> Taken:
+    """Find the slot, or make it: an existing slot's plugin wins, unless the server is known to have `refused` it.
+
+    Raises Problem; Misconfigured where an operator must act.
+    """
+    found = await slots.inspect(connection, slot)
+    if found is not None and found.logical and found.plugin not in slots.PLUGINS:
+        raise Misconfigured(
+            f"the slot {slot} uses the output plugin {found.plugin}, which is not understood",
+            hint="give CDC_EMBEDDER_SLOT another name, or drop the slot",
+        )
+    if found is not None and (found.lost or found.plugin in refused):
+        reason = f"was invalidated ({found.invalidation_reason})" if found.lost else f"uses {found.plugin}, refused now"
+        log.error("the slot %s %s: it is made anew, and everything is scanned", slot, reason)
+        await _want_all(connection, slot, "the slot was made anew")
+        await slots.drop(connection, slot)
+        found = None
+    if found is None or found.plugin is None:
+        used = await _make_slot(connection, dsn, slot, "pgoutput" if refused else plugin)
+    else:
+        used = found.plugin
+    await _settle_publication(connection, slot, used)
+    row = await one(connection, "SELECT getdatabaseencoding()")
+    assert row is not None
+    return Taken(slot, used, row[0])
+
+
+async def _make_slot(connection: Connection, dsn: str, slot: str, plugin: str) -> str:
+    """Request a scan of every column, then make the publication and the slot; returns the plugin used."""
+    await _want_all(connection, slot, "the slot was made anew")
+    await _make_publication(connection, slot)
+    log.info("making the slot %s", slot)
+    patience = asyncio.create_task(_explain_waiting(dsn))
+    try:
+        used = await slots.create(connection, slot, plugin, timeout_s=PATIENCE_SECONDS)
+    finally:
+        patience.cancel()
+    log.info("made the slot %s with the plugin %s", slot, used)
+    return used
+
+
+async def _explain_waiting(dsn: str) -> None:
+    """Say whom the making of the slot waits for, if it does."""
+    await asyncio.sleep(3)
+    async with await connect(dsn, "waiting") as connection:
+        while True:
+            for sentence in await slots.blockers(connection):
+                log.warning("making the slot waits: %s", sentence)
+            await asyncio.sleep(30)
+
+
+async def _want_all(connection: Connection, slot: str, reason: str) -> None:
+    cursor = await connection.execute("SELECT id FROM cdc_embedder.embedding_column WHERE slot = $1", (slot,))
+    await requests.want_scan(connection, [row[0] for row in await cursor.fetchall()], reason)
+
+
+async def _make_publication(connection: Connection, slot: str) -> None:
+    """Empty and before the slot: otherwise 14 to 17 stick at the first change, and 18 passes changes over."""
+    if await one(connection, "SELECT FROM pg_publication WHERE pubname = $1", (slot,)) is not None:
+        return
+    try:
+        await connection.execute(
+            sql.SQL(
+                "CREATE PUBLICATION {} WITH (publish = 'insert, update', publish_via_partition_root = true)"
+            ).format(sql.Identifier(slot))
+        )
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise Misconfigured(
+            f"the publication {slot} is missing and the service's role may not create it", hint="run: cdc-embedder init"
+        ) from error
+
+
+async def _settle_publication(connection: Connection, slot: str, plugin: str) -> None:
+    """Rule 11: with wal2json no publication is needed, so no table stands in it."""
+    if plugin != "wal2json":
+        await _make_publication(connection, slot)
+        return
+    cursor = await connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid"
+        " JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = $1",
+        (slot,),
+    )
+    for schema, table in await cursor.fetchall():
+        await requests.unpublish(connection, slot, schema, table)

@@ -1,0 +1,71 @@
+"""What `status` shows about the running service, written at most once a second and only when it changed.
+
+An idle service writes nothing, so that the server's WAL position stands still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+
+from cdc_embedder.lane import Lane
+from cdc_embedder.lsn import LSN
+from cdc_embedder.rows import requests
+from cdc_embedder.rows.session import Connection
+
+PERIOD_SECONDS = 1.0
+
+
+class Reporter:
+    """`lanes` are the columns; `position` is (received, confirmed, changes of watched tables so far)."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        slot: str,
+        lanes: Callable[[], list[Lane]],
+        position: Callable[[], tuple[LSN, LSN, int]],
+        now: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._slot = slot
+        self._lanes = lanes
+        self._position = position
+        self._now = now
+        self._told: dict[int, object] = {}
+        self._embedded: dict[int, int] = {}
+        self._rates: dict[int, float] = {}
+        self._progress: tuple[LSN, int] | None = None
+
+    async def run(self) -> None:
+        """For ever. Raises psycopg.Error as it comes."""
+        while True:
+            await asyncio.sleep(PERIOD_SECONDS)
+            await self.once()
+
+    async def once(self) -> None:
+        """Write what changed since the last time."""
+        for lane in self._lanes():
+            await self._lane(lane)
+        received, confirmed, changes = self._position()
+        if self._progress is None or (changes != self._progress[1] and confirmed > self._progress[0]):
+            await requests.progress(
+                self._connection, self._slot, received, confirmed, f"{socket.gethostname()}/{os.getpid()}"
+            )
+            self._progress = (confirmed, changes)
+
+    async def _lane(self, lane: Lane) -> None:
+        id, scan = lane.column.id, lane.scan
+        done = lane.embedded - self._embedded.get(id, 0)
+        self._embedded[id] = lane.embedded
+        rate = 0.7 * self._rates.get(id, 0.0) + 0.3 * done / PERIOD_SECONDS
+        self._rates[id] = rate = rate if rate >= 0.05 else 0.0
+        oldest = lane.pending.oldest
+        oldest_s = None if oldest is None else round(self._now() - oldest, 3)
+        counts = (scan.rows, scan.null, scan.current, scan.failed, scan.truncated)
+        told = (lane.state, len(lane.pending), oldest_s, round(rate, 2), counts, lane.last_error)
+        if told != self._told.get(id):
+            await requests.report(self._connection, lane, oldest_s, round(rate, 2))
+            self._told[id] = told

@@ -1,0 +1,71 @@
+"""Batches as PostgreSQL arrays in binary form, built by numpy: no list of lists, no text.
+
+A Python list of vectors bound to a statement travels as a text array, thirty times slower (measured). The layouts are
+those of `array_recv`, `vector_recv` and `halfvec_recv`; elements are big-endian. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import AsyncCursor
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
+
+from cdc_embedder.embedding.base import Vectors
+
+_BYTEA, _FLOAT4, _FLOAT8 = 17, 700, 701
+
+
+class BinaryArray(bytes):
+    """The binary form of a whole array; the statement's own cast tells the server its type."""
+
+
+class _BinaryArrayDumper(Dumper):
+    format = Format.BINARY
+    oid = 0
+
+    def dump(self, value: BinaryArray) -> Buffer:
+        return value
+
+
+def register(cursor: AsyncCursor[object]) -> None:
+    """Let `cursor` bind BinaryArray parameters."""
+    cursor.adapters.register_dumper(BinaryArray, _BinaryArrayDumper)
+
+
+def vectors(values: Vectors, kind: str, oid: int) -> BinaryArray:
+    """`values` of shape (n, d) for `unnest($n::vector[])`, or for slicing where the target itself is an array.
+
+    `kind` is vector or halfvec (an array of n elements of type `oid`), float4 or float8 (one flat array of n·d floats).
+    """
+    rows, dimensions = values.shape
+    if kind in ("float4", "float8"):
+        width, element, code = (4, _FLOAT4, ">f4") if kind == "float4" else (8, _FLOAT8, ">f8")
+        flat = np.empty(rows * dimensions, dtype=[("length", ">i4"), ("value", code)])
+        flat["length"], flat["value"] = width, values.reshape(-1)
+        return _array(element, rows * dimensions, flat)
+    code, width = (">f4", 4) if kind == "vector" else (">f2", 2)
+    layout = [("length", ">i4"), ("dimensions", ">i2"), ("unused", ">i2"), ("value", code, (dimensions,))]
+    body = np.zeros(rows, dtype=layout)
+    body["length"], body["dimensions"], body["value"] = 4 + width * dimensions, dimensions, values
+    return _array(oid, rows, body)
+
+
+def octets(values: Sequence[bytes], width: int) -> BinaryArray:
+    """A bytea[] of values that are all `width` bytes long, such as fingerprints."""
+    body = np.empty(len(values), dtype=[("length", ">i4"), ("value", "u1", (width,))])
+    body["length"] = width
+    body["value"] = np.frombuffer(b"".join(values), dtype=np.uint8).reshape(len(values), width)
+    return _array(_BYTEA, len(values), body)
+
+
+def _array(element: int, length: int, body: NDArray[np.void]) -> BinaryArray:
+    """Header (dimensions, no NULLs, element type, length, lower bound 1) and body. Source: array_recv in arrayfuncs.c."""
+    if length == 0:
+        return BinaryArray(np.array([0, 0, element], dtype=">u4").tobytes())
+    header = np.array([1, 0, element, length, 1], dtype=">u4").tobytes()
+    return BinaryArray(header + body.tobytes())

@@ -1,0 +1,32 @@
+"""The service as a process: signals in, exit status out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+from cdc_embedder.service import Service
+from cdc_embedder.settings import Settings
+
+
+def run_until_signalled(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT; a second signal leaves at once. Raises Problem as the service does."""
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    service = Service(settings)
+    signalled = False
+
+    def stop() -> None:
+        nonlocal signalled
+        if signalled:
+            os._exit(1)  # nothing is lost: what is not confirmed is read again
+        signalled = True
+        service.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await service.run()

@@ -1,0 +1,153 @@
+"""`embed` and `search` from the command line: one model, loaded here, no service needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+from rich.console import Console
+from rich.table import Table
+
+from cdc_embedder.catalog import model_spec
+from cdc_embedder.conninfo import pinned
+from cdc_embedder.database_errors import from_database
+from cdc_embedder.embedding.base import InputType, ModelSpec, Vectors
+from cdc_embedder.embedding.isolation import embed_isolating
+from cdc_embedder.embedding.registry import Embedders, builtin_spec
+from cdc_embedder.errors import Misconfigured, Problem
+from cdc_embedder.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A row near the question: its key by column name, the cosine similarity, the first line of its text."""
+
+    key: dict[str, str]
+    score: float
+    text: str
+
+
+def embed_texts(settings: Settings, model: str, texts: list[str], input_type: str) -> list[list[float]]:
+    """The vectors of `texts`; the model is a row of the database where there is one, else a pre-filled one."""
+    try:
+        kind = InputType(input_type)
+    except ValueError:
+        raise Problem(f"the input type {input_type} is not one of none, query, document") from None
+    spec = builtin_spec(model)
+    if settings.dsn.get_secret_value() or spec is None:
+        spec = _spec_of_database(settings.dsn.get_secret_value(), model)
+    vectors: list[list[float]] = _embed(settings, spec, texts, kind).tolist()
+    return vectors
+
+
+def search_column(settings: Settings, table: str, target: str, question: str, k: int) -> list[Found]:
+    """The `k` rows of `table` whose `target` is nearest to the question. Raises Problem."""
+    dsn = settings.dsn.get_secret_value()
+    try:
+        with psycopg.connect(
+            pinned(dsn, "search", {}), autocommit=True, row_factory=dict_row, cursor_factory=psycopg.RawCursor
+        ) as connection:
+            column = connection.execute(_COLUMN, (table, target)).fetchone()
+            if column is None:
+                raise Problem(f"{table}.{target} is not a configured column", hint="see: cdc-embedder status")
+            spec = model_spec(column["model"])
+            vector = _embed(settings, spec, [question], InputType.QUERY)[0].tolist()
+            connection.execute("SET extra_float_digits = 3")
+            found = connection.execute(_nearest(column, k), [vector]).fetchall()
+    except psycopg.Error as error:
+        raise from_database(error, "searching") from error
+    return [
+        Found({name: row[f"key_{n}"] for n, name in enumerate(column["keys"])}, row["score"], _first_line(row["text"]))
+        for row in found
+    ]
+
+
+def print_found(found: list[Found], console: Console, *, as_json: bool) -> None:
+    """As a table, or as JSON: a list of {key, score, text}."""
+    if as_json:
+        print(json.dumps([{"key": row.key, "score": row.score, "text": row.text} for row in found]))
+        return
+    out = Table(box=None, header_style="bold")
+    for name in (*(found[0].key if found else ()), "score", "text"):
+        out.add_column(name, justify="right" if name == "score" else "left", overflow="ellipsis", no_wrap=True)
+    for row in found:
+        out.add_row(*row.key.values(), f"{row.score:.3f}", row.text)
+    console.print(out)
+
+
+_COLUMN = """
+SELECT to_jsonb(m) AS model, n.nspname AS schema, t.relname AS table, c.source_columns AS sources,
+       c.target_column AS target, c.key_columns AS keys, y.typname AS kind, yn.nspname AS kind_schema
+  FROM cdc_embedder.embedding_column c
+  JOIN cdc_embedder.model m ON m.name = c.model
+  JOIN pg_class t ON t.oid = c.source_table
+  JOIN pg_namespace n ON n.oid = t.relnamespace
+  JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = c.target_attnum
+  JOIN pg_type y ON y.oid = a.atttypid
+  JOIN pg_namespace yn ON yn.oid = y.typnamespace
+ WHERE c.source_table = $1::regclass AND c.target_column = $2
+"""
+
+
+def _nearest(column: dict[str, Any], k: int) -> sql.Composed:
+    """By pgvector's cosine operator where the target is of its types, so that an index can serve; else by arithmetic.
+
+    Stored vectors have unit length, so the dot product is the cosine.
+    """
+    target = sql.Identifier("t", column["target"])
+    keys = sql.SQL(", ").join(
+        sql.SQL("CAST({} AS text) AS {}").format(sql.Identifier("t", name), sql.Identifier(f"key_{n}"))
+        for n, name in enumerate(column["keys"])
+    )
+    text = sql.SQL(", ").join(sql.SQL("CAST({} AS text)").format(sql.Identifier("t", s)) for s in column["sources"])
+    table = sql.Identifier(column["schema"], column["table"])
+    if column["kind"] in ("vector", "halfvec"):
+        schema = column["kind_schema"]
+        operator = sql.SQL("OPERATOR({}.<=>)").format(sql.Identifier(schema))
+        question = sql.SQL("CAST({} AS {})").format(sql.SQL("$1::real[]"), sql.Identifier(schema, column["kind"]))
+        score = sql.SQL("1 - ({} {} {})").format(target, operator, question)
+        order = sql.SQL("{} {} {}").format(target, operator, question)
+    else:
+        score = sql.SQL("(SELECT sum(u.a * u.b) FROM unnest({}::float8[], $1::float8[]) AS u(a, b))").format(target)
+        order = sql.SQL("score DESC")
+    return sql.SQL(
+        "SELECT {keys}, {score} AS score, concat_ws(' ', {text}) AS text FROM {table} t WHERE {target} IS NOT NULL"
+        " ORDER BY {order} LIMIT {k}"
+    ).format(keys=keys, score=score, text=text, table=table, target=target, order=order, k=sql.Literal(k))
+
+
+def _spec_of_database(dsn: str, model: str) -> ModelSpec:
+    try:
+        with psycopg.connect(pinned(dsn, "embed", {}), autocommit=True) as connection:
+            row = connection.execute(
+                "SELECT to_jsonb(m) FROM cdc_embedder.model m WHERE name = %s", (model,)
+            ).fetchone()
+    except psycopg.Error as error:
+        raise from_database(error, "reading the model") from error
+    if row is None:
+        raise Misconfigured(f"there is no model {model}", hint="INSERT it INTO cdc_embedder.model")
+    return model_spec(row[0])
+
+
+def _embed(settings: Settings, spec: ModelSpec, texts: list[str], kind: InputType) -> Vectors:
+    embedders = Embedders(
+        device=settings.device,
+        allow_remote_code=settings.allow_remote_code,
+        api_key_envs=tuple(settings.allowed_api_key_envs),
+        base_urls=settings.allowed_base_urls,
+    )
+    try:
+        outcome = embed_isolating(embedders.get(spec), spec, texts, kind)
+    finally:
+        embedders.close()
+    for index, sentence in outcome.errors.items():
+        raise Problem(f"text {index + 1}: {sentence}")
+    return outcome.vectors
+
+
+def _first_line(text: str | None) -> str:
+    return next(iter((text or "").strip().splitlines()), "")

@@ -1,0 +1,100 @@
+"""How to run: flags beat the environment beats the TOML file beats the defaults.
+
+What to embed is not here: that is data, in the table `cdc_embedder.embedding_column`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from cdc_embedder.errors import Misconfigured
+
+PREFIX = "CDC_EMBEDDER_"
+
+
+class Settings(BaseSettings):
+    """Each field is `CDC_EMBEDDER_<NAME>` in the environment, `--<name>` as a flag and `<name>` in the TOML file."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", env_ignore_empty=True)
+
+    dsn: SecretStr = Field(
+        SecretStr(""), description="libpq conninfo or URI; empty: libpq's own environment and service files."
+    )
+    replication_dsn: SecretStr | None = Field(
+        None, description="Where the slot is read, if not where rows are read and written (default: the same)."
+    )
+    slot: str = Field(
+        "cdc_embedder",
+        pattern=r"^[a-z0-9_]{1,63}$",
+        description="Name of the replication slot; publication, origins and advisory lock are named after it.",
+    )
+    output_plugin: Literal["auto", "wal2json", "pgoutput"] = Field(
+        "auto", description="For a slot made anew; auto is wal2json where the server has and allows it, else pgoutput."
+    )
+    max_pending_keys: int = Field(
+        200_000, ge=1_000, description="Keys held in memory (about 400 bytes each); at the limit reading pauses."
+    )
+    wal_sender_timeout_s: float = Field(
+        60.0, ge=1.0, description="Silence after which either side gives the replication connection up, seconds."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    device: str = Field("auto", description="auto: a GPU where there is one, else the CPU; or a torch device name.")
+    allow_remote_code: bool = Field(
+        False, description="Whether models whose row says trust_remote_code may run code from their repository."
+    )
+    api_key_envs: str = Field(
+        "OPENAI_API_KEY", description="Comma-separated names of variables that a model's api_key_env may name."
+    )
+    base_urls: str | None = Field(
+        None, description="Comma-separated prefixes that a model's base_url must start with (default: any)."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if (file := settings_cls.model_config.get("toml_file")) is not None:
+            sources.append(TomlConfigSettingsSource(settings_cls, Path(str(file))))
+        return tuple(sources)
+
+    @property
+    def allowed_api_key_envs(self) -> frozenset[str]:
+        return frozenset(_split(self.api_key_envs))
+
+    @property
+    def allowed_base_urls(self) -> tuple[str, ...] | None:
+        return None if self.base_urls is None else tuple(_split(self.base_urls))
+
+
+def load(config: Path | None = None, **flags: Any) -> Settings:
+    """Settings from flags (None: not given), environment and file. Raises Misconfigured with a line a mistake."""
+    config = config or (Path(name) if (name := os.environ.get(PREFIX + "CONFIG")) else None)
+    if config is not None and not config.is_file():
+        raise Misconfigured(f"the configuration file {config} does not exist")
+
+    class WithFile(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        return WithFile(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
+        raise Misconfigured("settings: " + "; ".join(lines)) from None
+    except ValueError as error:  # the file is not TOML
+        raise Misconfigured(f"the configuration file {config} cannot be read: {error}") from error
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

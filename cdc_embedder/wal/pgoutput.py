@@ -1,0 +1,223 @@
+"""From the bytes of pgoutput (protocol 1) to messages. No I/O.
+
+Values arrive as text in `client_encoding`, which the session pins to UTF8. A relation is described before its first
+change and again after every change to it, so the cache lives as long as the connection: one decoder a connection.
+Not for protocol 2 and up: streamed transactions could still be aborted, and what is not committed is not ours to read.
+Source: https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from struct import Struct, error
+
+from cdc_embedder.errors import ProtocolError
+from cdc_embedder.lsn import LSN
+from cdc_embedder.wal.messages import (
+    Begin,
+    Commit,
+    Delete,
+    Insert,
+    LogicalMessage,
+    Message,
+    Origin,
+    Relation,
+    Truncate,
+    Update,
+    Values,
+)
+
+Wanted = Callable[[Relation], Collection[str] | None]
+"""Which columns of a relation to decode; None for all. Asked once for each description of the relation."""
+
+_INT16 = Struct("!H").unpack_from
+_INT32 = Struct("!I").unpack_from
+_BEGIN = Struct("!xQqI")
+_COMMIT = Struct("!xBQQq")
+_ORIGIN = Struct("!xQ")
+_MESSAGE = Struct("!xBQ")
+_COLUMN_TYPE = Struct("!Ii")
+
+_PROTOCOL = 1
+
+
+def options(publication: str, *, messages: bool = False) -> dict[str, str]:
+    """START_REPLICATION options for one publication. `messages`: logical messages too."""
+    name = '"' + publication.replace('"', '""') + '"'  # the value is a list of identifiers
+    chosen = {"proto_version": str(_PROTOCOL), "publication_names": name}
+    return chosen | ({"messages": "true"} if messages else {})
+
+
+class PgOutputDecoder:
+    """Decodes the messages of one connection, in order.
+
+    >>> PgOutputDecoder().decode(bytes.fromhex("43 00 0000000001550528 0000000001550558 0000000000000000"))
+    (Commit(commit_lsn=LSN(0/1550528), end_lsn=LSN(0/1550558)),)
+    """
+
+    def __init__(self, wanted: Wanted | None = None) -> None:
+        self._wanted = wanted
+        self._relations: dict[int, tuple[Relation, tuple[str | None, ...]]] = {}
+
+    def decode(self, payload: memoryview | bytes) -> Sequence[Message]:
+        """The messages that one payload holds: none or one. Raises ProtocolError, and nothing else."""
+        try:
+            message, end = self._message(payload)
+        except (error, IndexError, UnicodeDecodeError) as cause:
+            raise ProtocolError(f"a pgoutput message of {len(payload)} bytes is cut short or damaged") from cause
+        if end != len(payload):
+            raise ProtocolError(f"a pgoutput message of {len(payload)} bytes ends after {end}")
+        return () if message is None else (message,)
+
+    def _message(self, data: memoryview | bytes) -> tuple[Message | None, int]:
+        """The message, and where in `data` it ends."""
+        match data[0]:
+            case 0x49:  # I
+                return self._insert(data)
+            case 0x55:  # U
+                return self._update(data)
+            case 0x42:  # B
+                commit_lsn, _, xid = _BEGIN.unpack_from(data)
+                return Begin(xid, LSN(commit_lsn)), _BEGIN.size
+            case 0x43:  # C
+                _, commit_lsn, end_lsn, _ = _COMMIT.unpack_from(data)
+                return Commit(LSN(commit_lsn), LSN(end_lsn)), _COMMIT.size
+            case 0x52:  # R
+                return self._relation(data)
+            case 0x4F:  # O
+                _ORIGIN.unpack_from(data)
+                name, end = _string(data, _ORIGIN.size)
+                return Origin(name=name), end
+            case 0x44:  # D
+                return self._delete(data)
+            case 0x54:  # T
+                return self._truncate(data)
+            case 0x4D:  # M
+                return _logical_message(data)
+            case 0x59:  # Y: names a type; keys travel as text, so nobody needs it
+                _, end = _string(data, _string(data, 5)[1])
+                return None, end
+            case kind:
+                raise ProtocolError(
+                    f"pgoutput sent a message of an unknown kind ({chr(kind)!r})",
+                    hint="it belongs to a newer protocol than was asked for; skipping it could lose rows",
+                )
+
+    def _insert(self, data: memoryview | bytes) -> tuple[Message, int]:
+        relation, names = self._described(_INT32(data, 1)[0])
+        _expect(data, 5, 0x4E)  # N
+        values, end = _tuple(data, 6, names)
+        return Insert(relation, values), end
+
+    def _update(self, data: memoryview | bytes) -> tuple[Message, int]:
+        relation, names = self._described(_INT32(data, 1)[0])
+        identity: Values = {}
+        at = 5
+        if data[5] == 0x4B:  # K: old key
+            identity, at = _tuple(data, 6, _key_only(relation, names))
+        elif data[5] == 0x4F:  # O: old row, under REPLICA IDENTITY FULL
+            identity, at = _tuple(data, 6, names)
+        _expect(data, at, 0x4E)  # N
+        values, end = _tuple(data, at + 1, names)
+        return Update(relation, values, identity), end
+
+    def _delete(self, data: memoryview | bytes) -> tuple[Message, int]:
+        relation, names = self._described(_INT32(data, 1)[0])
+        if data[5] == 0x4B:  # K
+            names = _key_only(relation, names)
+        else:
+            _expect(data, 5, 0x4F)  # O
+        identity, end = _tuple(data, 6, names)
+        return Delete(relation, identity), end
+
+    def _truncate(self, data: memoryview | bytes) -> tuple[Message, int]:
+        (count,) = _INT32(data, 1)
+        end = 6 + 4 * count
+        if end != len(data):
+            raise ProtocolError(f"a truncate of {count} relations has {len(data)} bytes")
+        return Truncate(tuple(self._described(_INT32(data, at)[0])[0] for at in range(6, end, 4))), end
+
+    def _relation(self, data: memoryview | bytes) -> tuple[Message, int]:
+        (oid,) = _INT32(data, 1)
+        schema, at = _string(data, 5)
+        name, at = _string(data, at)
+        identity = chr(data[at])
+        (count,) = _INT16(data, at + 1)
+        at += 3
+        columns: list[str] = []
+        key: list[str] = []
+        for _ in range(count):
+            in_key = data[at] & 1
+            column, at = _string(data, at + 1)
+            _COLUMN_TYPE.unpack_from(data, at)
+            at += _COLUMN_TYPE.size
+            columns.append(column)
+            if in_key:
+                key.append(column)
+        if at != len(data):
+            raise ProtocolError(f"a relation of {count} columns ends after {at} of {len(data)} bytes")
+        relation = Relation(schema or "pg_catalog", name, oid, identity, tuple(columns), tuple(key))
+        wanted = self._wanted(relation) if self._wanted else None
+        names = tuple(column if wanted is None or column in wanted else None for column in columns)
+        self._relations[oid] = (relation, names)
+        return relation, at
+
+    def _described(self, oid: int) -> tuple[Relation, tuple[str | None, ...]]:
+        try:
+            return self._relations[oid]
+        except KeyError:
+            raise ProtocolError(f"a change of relation {oid} arrived before its description") from None
+
+
+def _key_only(relation: Relation, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """In an old key, every other column says NULL without being NULL: those must not be taken for values."""
+    return tuple(name if name in relation.key_columns else None for name in names)
+
+
+def _tuple(data: memoryview | bytes, at: int, names: tuple[str | None, ...]) -> tuple[dict[str, str | None], int]:
+    """The values of the columns that have a name here, and where the tuple ends."""
+    (count,) = _INT16(data, at)
+    if count != len(names):
+        raise ProtocolError(f"a row has {count} columns where its relation has {len(names)}")
+    at += 2
+    size = len(data)
+    values: dict[str, str | None] = {}
+    for name in names:
+        kind = data[at]
+        at += 1
+        if kind == 0x74:  # t: text
+            end = at + 4 + _INT32(data, at)[0]
+            if end > size:
+                raise IndexError("a value reaches past the end of its message")
+            if name is not None:
+                values[name] = str(data[at + 4 : end], "utf-8")
+            at = end
+        elif kind == 0x6E:  # n: NULL
+            if name is not None:
+                values[name] = None
+        elif kind != 0x75:  # u: unchanged TOAST, not sent; binary values were not asked for
+            raise ProtocolError(f"a column value of an unknown kind ({chr(kind)!r})")
+    return values, at
+
+
+def _logical_message(data: memoryview | bytes) -> tuple[Message, int]:
+    flags, lsn = _MESSAGE.unpack_from(data)
+    prefix, at = _string(data, _MESSAGE.size)
+    (length,) = _INT32(data, at)
+    end = at + 4 + length
+    if end > len(data):
+        raise IndexError("the content reaches past the end of its message")
+    return LogicalMessage(bool(flags & 1), LSN(lsn), prefix, bytes(data[at + 4 : end])), end
+
+
+def _expect(data: memoryview | bytes, at: int, kind: int) -> None:
+    if data[at] != kind:
+        raise ProtocolError(f"a row starts with {chr(data[at])!r} instead of {chr(kind)!r}")
+
+
+def _string(data: memoryview | bytes, at: int) -> tuple[str, int]:
+    """A NUL-terminated string, and where the next field starts."""
+    end = bytes(data[at:]).find(0)
+    if end < 0:
+        raise IndexError("a string without its end")
+    return str(data[at : at + end], "utf-8"), at + end + 1
