@@ -1,4 +1,7 @@
-"""The one edge where the driver's exceptions become ours, by SQLSTATE, never by message text.
+"""The one edge where the driver's exceptions become ours: by SQLSTATE, never by message text, with one exception.
+
+libpq gives no SQLSTATE for a connection that was never made. There, and only there, the server's English words for what
+waiting cannot mend are looked for; a server that says it in another language is tried again for ever.
 
 Not for the replication slot: what its errors mean for an operator is told by `wal.slot.explain`.
 SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -14,6 +17,24 @@ _SERVER_GONE = ("08", "57P")  # connection exceptions; admin shutdown, crash shu
 _TRY_AGAIN = ("40001", "40P01", "55P03", "57014")  # serialization, deadlock, lock timeout, cancelled
 _COLUMN = ("42P01", "42703", "42704", "42804", "42846", "42883", "42501", "22000", "22P02", "428C9", "23502", "42P17")
 
+_NEVER_CONNECTS = (
+    "password authentication failed",
+    "no password supplied",
+    "authentication failed for user",
+    "no pg_hba.conf entry",
+    "is not permitted to log in",
+    'FATAL:  role "',
+    'FATAL:  database "',
+    "pg_hba.conf rejects",
+    "permission denied for database",
+    "must be superuser or replication role to start walsender",
+    "permission denied to start WAL sender",
+)
+"""What the server answers when only an operator can help."""
+
+_MAY_CONNECT = ("Connection refused", "starting up", "shutting down", "too many", "remaining connection slots", "timeout")
+"""What another host of the list, or the same one, may get over."""
+
 
 def from_database(error: psycopg.Error, doing: str) -> Problem:
     """Translate the driver's `error`, met while `doing` something, by its SQLSTATE."""
@@ -22,7 +43,10 @@ def from_database(error: psycopg.Error, doing: str) -> Problem:
     message = f"{doing}: {primary}"
     hint = error.diag.message_hint or ""
     if state is None:
-        if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+        said = str(error)
+        if any(words in said for words in _NEVER_CONNECTS) and not any(words in said for words in _MAY_CONNECT):
+            return Misconfigured(message, hint="check the DSN, the password and pg_hba.conf")
+        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return ServerGone(message, hint=hint)
         return Problem(message, hint=hint)
     if state.startswith(_SERVER_GONE) or state in ("53300", "25006", "57P05"):

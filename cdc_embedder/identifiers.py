@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
 
 from cdc_embedder.errors import Problem
 
 _PART = re.compile(r'\s*(?:"((?:[^"]|"")+)"|([^\s".,]+))\s*')
+_FOLD = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 def split(text: str, separator: str = ".") -> list[str]:
-    """The identifiers in `text`: quoted ones as they are, others in lower case. Raises Problem.
+    """The identifiers in `text`: quoted ones as they are, others in lower case (A to Z only). Raises Problem.
 
     Source: https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-IDENTIFIERS
     """
@@ -21,7 +23,7 @@ def split(text: str, separator: str = ".") -> list[str]:
         if match is None:
             raise Problem(f"{text} is not a name", hint="quote it as in SQL")
         quoted, plain = match.groups()
-        parts.append(quoted.replace('""', '"') if quoted is not None else plain.lower())
+        parts.append(quoted.replace('""', '"') if quoted is not None else plain.translate(_FOLD))
         at = match.end()
         if at == len(text):
             return parts

@@ -65,7 +65,7 @@ def advice(conn: Connection) -> list[str]:
     if scalar(conn, "SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size'") == -1:
         lines.append(
             "advice: max_slot_wal_keep_size is unlimited, so the slot of a service that is stopped for long fills the"
-            " server's disk; a limit only costs a new scan, for example: ALTER SYSTEM SET max_slot_wal_keep_size = '20GB'"
+            " server's disk; a limit only costs a new scan: ALTER SYSTEM SET max_slot_wal_keep_size = '20GB'"
         )
     return lines
 

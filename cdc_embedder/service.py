@@ -131,11 +131,17 @@ class Service:
     async def _run_stages(
         self, stack: AsyncExitStack, configuration: Configuration, pipeline: Pipeline, reading: Reading
     ) -> None:
+        reporter = Reporter(
+            await self._connect(stack, "report"),
+            self._settings.slot,
+            lambda: pipeline.lanes,
+            reading.position,
+            time.monotonic,
+        )
+        await reporter.once()  # before the slot is active: what an earlier service said is not true any more
         listener, retrier = await self._connect(stack, "listen"), await self._connect(stack, "retry")
         scanning = await self._connect(stack, "scan", statement_timeout="0")
-        reporting = await self._connect(stack, "report")
         scanner = Scanner(scanning, lambda: pipeline.lanes, time.monotonic, pipeline.wake)
-        reporter = Reporter(reporting, self._settings.slot, lambda: pipeline.lanes, reading.position, time.monotonic)
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(work)

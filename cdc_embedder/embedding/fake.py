@@ -63,7 +63,7 @@ class FakeEmbedder:
 
 
 def fake_vector(name: str, text: str, dimensions: int) -> Vectors:
-    """The vector that the model `name` gives to `text` (its prompt included): shape (dimensions,). The tests' oracle."""
+    """What the model `name` gives to `text` (its prompt included), shape (dimensions,): the oracle of tests."""
     vector: Vectors = _vectors(name, [text], dimensions)[0]
     return vector
 

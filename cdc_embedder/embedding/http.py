@@ -156,7 +156,7 @@ def _read(content: bytes, texts: list[str], spec: ModelSpec) -> _Reply:
     try:
         reply = json.loads(content)
         items = reply["data"]
-        places = [item.get("index", place) for place, item in enumerate(items)]
+        places = [int(item.get("index", place)) for place, item in enumerate(items)]
         rows = [_vector(item["embedding"]) for item in items]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise EmbedderDown(
@@ -171,7 +171,7 @@ def _read(content: bytes, texts: list[str], spec: ModelSpec) -> _Reply:
     for place, row in zip(places, rows, strict=True):
         if row.shape != (spec.dimensions,):
             raise ModelFault(
-                f"the service gave the model {spec.name} a vector of {row.size} dimensions, its row says {spec.dimensions}",
+                f"the model {spec.name}: the service gave {row.size} dimensions, its row says {spec.dimensions}",
                 hint="Correct `dimensions` in its row, or its `source`",
             )
         vectors[place] = row
@@ -252,7 +252,8 @@ def _within(url: httpx.URL, prefix: httpx.URL | None) -> bool:
     """Compared by parts: a prefix of characters would let api.openai.com.example.org pass for api.openai.com."""
     if prefix is None or (url.scheme, url.host, url.port) != (prefix.scheme, prefix.host, prefix.port):
         return False
-    return f"{url.path.rstrip('/')}/".startswith(f"{prefix.path.rstrip('/')}/")
+    inside = f"{url.path.rstrip('/')}/".startswith(f"{prefix.path.rstrip('/')}/")
+    return inside and ".." not in url.path.split("/")  # `path` is decoded: %2e%2e is caught too
 
 
 def _api_key(spec: ModelSpec, allowed: frozenset[str]) -> str | None:

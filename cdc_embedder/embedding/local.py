@@ -36,7 +36,7 @@ _BATCH_TOKENS = {"cpu": 4_096, "gpu": 32_768}
 
 _MOST_CHARACTERS = 1_000_000
 """Of a longer text only so much is tokenized where the model has a length limit (at most some 10,000 tokens): the
-rest could not reach it, and a hundred megabytes of text become gigabytes of tokens."""
+rest could not reach it. The tokenizer takes hundreds of bytes a token, and ends the process where it gets none."""
 
 _PROMPT_NAMES = {InputType.DOCUMENT: ("document", "passage", "corpus"), InputType.QUERY: ("query",)}
 
@@ -109,7 +109,7 @@ class LocalEmbedder:
         if found != self._spec.dimensions:
             self.close()
             raise ModelFault(
-                f"the model {self._spec.name} makes vectors of {found} dimensions, its row says {self._spec.dimensions}",
+                f"the model {self._spec.name} has {found} dimensions, its row says {self._spec.dimensions}",
                 hint="Correct `dimensions` in its row, or its `source`",
             )
 
@@ -117,7 +117,18 @@ class LocalEmbedder:
         """Tokens of each text before truncation, special tokens included; estimated where the tokenizer is slow."""
         if self._tokenizer is None:
             return np.array([len(text) // 3 + 2 for text in texts], dtype=np.int64)
-        return np.array([len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts))], dtype=np.int64)
+        lengths: list[int] = []
+        while len(lengths) < len(texts):
+            # A few at a time: what the tokenizer holds for them all at once may be many times their size.
+            group = [texts[len(lengths)]]
+            size = len(group[0])
+            for text in texts[len(lengths) + 1 : len(lengths) + 64]:
+                size += len(text)
+                if size > _MOST_CHARACTERS:
+                    break
+                group.append(text)
+            lengths += [len(encoding) for encoding in self._tokenizer.encode_batch_fast(group)]
+        return np.array(lengths, dtype=np.int64)
 
     def _by_budget(
         self, model: SentenceTransformer, texts: Sequence[str], lengths: NDArray[np.int64], input_type: InputType

@@ -26,7 +26,7 @@ def prompted(spec: ModelSpec, texts: Sequence[str], input_type: InputType) -> li
 
 
 def check_options(spec: ModelSpec, known: Mapping[str, str]) -> None:
-    """Refuse an option that the backend does not know: a misspelt one would be ignored in silence. Raises ModelFault."""
+    """Refuse an option that the backend does not know, lest a misspelt one be ignored. Raises ModelFault."""
     if unknown := sorted(set(spec.options) - set(known)):
         offered = "; ".join(f"{name}: {meaning}" for name, meaning in sorted(known.items()))
         raise ModelFault(

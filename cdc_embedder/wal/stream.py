@@ -28,6 +28,7 @@ from cdc_embedder.database_errors import from_database
 from cdc_embedder.errors import Misconfigured, Problem, ServerGone
 from cdc_embedder.lsn import LSN, ZERO
 from cdc_embedder.wal import slot as slots
+from cdc_embedder.wal.diagnosis import explain, no_right
 from cdc_embedder.wal.framing import Keepalive, parse, standby_status_update
 from cdc_embedder.wal.messages import Commit, Message
 
@@ -117,9 +118,11 @@ class ReplicationStream:
             raise
 
     async def batches(self) -> AsyncIterator[list[Message]]:
-        """What arrived, in order, as lists of at most about 1,000 messages or 1 MB; an empty one says that only the
-        position moved. Back-pressure: do not ask for the next. Raises ServerGone, ProtocolError, and what `slot.explain`
-        makes of the server's errors; the stream is of no use then, except to be closed."""
+        """What arrived, in order, as lists of at most about 1,000 messages or 1 MB.
+
+        An empty list says that only the position moved. Back-pressure: do not ask for the next. Raises ServerGone,
+        ProtocolError, and what `diagnosis.explain` makes of the server's errors; the stream can only be closed then.
+        """
         while True:
             batch, moved = self._drain()
             if batch or moved or self._reply_wanted:
@@ -169,10 +172,13 @@ class ReplicationStream:
         try:
             while len(batch) < BATCH_MESSAGES and size < BATCH_BYTES:
                 length, data = get(1)
-                if length <= 0:
-                    if length < 0:
-                        raise self._ended()
-                    break
+                if length == 0:
+                    self._pgconn.consume_input()  # what the socket has by now: libpq reads 16 kB at a time
+                    length, data = get(1)
+                    if length == 0:
+                        break
+                if length < 0:
+                    raise self._ended()
                 size += length
                 frame = parse(data)
                 if isinstance(frame, Keepalive):
@@ -208,7 +214,7 @@ class ReplicationStream:
             )
 
     async def _hear(self) -> None:
-        """Wait for bytes and let libpq read them. Raises ServerGone after a silence (rule 3 above)."""
+        """Wait for bytes. Raises ServerGone after a silence (rule 3 above)."""
         silent_from = self._loop.time()
         if not await self._readable(self._timeout_s / 2):
             self._send_status(reply=True)
@@ -217,10 +223,6 @@ class ReplicationStream:
                     f"the server sent nothing for {self._loop.time() - silent_from:.0f} seconds, though it was asked",
                     hint="the network or the server's machine is down; the connection is given up and made anew",
                 )
-        try:
-            self._pgconn.consume_input()
-        except psycopg.Error as error:
-            raise from_database(error, "reading the replication stream") from error
 
     async def _readable(self, seconds: float) -> bool:
         """Whether bytes arrived in time. The reader is registered only meanwhile: data left unread would spin."""
@@ -261,7 +263,7 @@ class ReplicationStream:
         result = self._pgconn.get_result()
         if result is None or result.status != pq.ExecStatus.FATAL_ERROR:
             return ServerGone("the server ended the replication stream: it is stopping")
-        return slots.explain(error_from_result(result, "utf-8"), self._slot, streaming=True)
+        return explain(error_from_result(result, "utf-8"), self._slot, streaming=True)
 
     async def _finish(self) -> None:
         """CopyDone and its answer. What arrives meanwhile is dropped: it is not confirmed, so it comes again."""
@@ -287,7 +289,7 @@ async def _start(connection: psycopg.AsyncConnection[Any], slot: str, options: M
     except psycopg.Error as error:
         if connection.closed:
             raise from_database(error, "starting the replication stream") from error
-        raise slots.explain(error, slot, await slots.look(connection, slot)) from error
+        raise explain(error, slot, await slots.look(connection, slot)) from error
 
 
 async def _cannot_connect(conninfo: str, slot: str, error: psycopg.Error) -> Problem:
@@ -300,7 +302,7 @@ async def _cannot_connect(conninfo: str, slot: str, error: psycopg.Error) -> Pro
             around = await slots.look(connection, slot)
     except psycopg.Error:
         return problem
-    return problem if around.can_replicate else slots.no_right(around)
+    return problem if around.can_replicate else no_right(around)
 
 
 def _forward_warnings(connection: psycopg.AsyncConnection[Any], on_warning: Callable[[str], None]) -> None:

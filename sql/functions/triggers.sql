@@ -11,7 +11,8 @@ CREATE OR REPLACE TRIGGER b_validate
 CREATE OR REPLACE TRIGGER b_validate_resumed BEFORE UPDATE OF enabled ON cdc_embedder.embedding_column
     FOR EACH ROW WHEN (NEW.enabled AND NOT OLD.enabled) EXECUTE FUNCTION cdc_embedder._validate();
 
-CREATE OR REPLACE TRIGGER c_publish BEFORE INSERT OR UPDATE ON cdc_embedder.embedding_column
+CREATE OR REPLACE TRIGGER c_publish BEFORE INSERT OR UPDATE OF source_table, slot, enabled
+    ON cdc_embedder.embedding_column
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._publish();
 
 CREATE OR REPLACE TRIGGER d_renew_generation BEFORE UPDATE ON cdc_embedder.embedding_column

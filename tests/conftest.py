@@ -1,0 +1,70 @@
+"""Fixtures for every folder, and the list of what this machine lacks.
+
+A missing server is a failure with `CI=true`; elsewhere its tests are skipped and named at the end of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cdc_embedder.embedded import Server
+from cdc_embedder.errors import Misconfigured
+from tests import servers
+from tests.servers import Bench
+
+def _server(bindir: Callable[[], Path]) -> Iterator[Server]:
+    try:
+        found = bindir()
+    except Misconfigured as missing:
+        _lacks(str(missing))
+    yield from servers.serve(found)
+
+
+def _lacks(what: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"this machine lacks {what}")
+    pytest.skip(f"this machine lacks {what}")
+
+
+@pytest.fixture(scope="session")
+def pg15() -> Iterator[Server]:
+    """PostgreSQL 15 from Debian: wal2json and contrib, no pgvector."""
+    yield from _server(servers.bindir_15)
+
+
+@pytest.fixture(scope="session")
+def pg18() -> Iterator[Server]:
+    """PostgreSQL 18 from the wheel: pgvector and contrib, no wal2json."""
+    yield from _server(servers.bindir_18)
+
+
+@pytest.fixture(params=["15-wal2json", "15-pgoutput", "18-pgoutput"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """A fresh database on each server with each of its plugins."""
+    major, plugin = request.param.split("-")
+    if plugin == "wal2json" and not servers.WAL2JSON_15.exists():
+        _lacks("wal2json (package postgresql-15-wal2json)")
+    yield from servers.make_bench(request.getfixturevalue(f"pg{major}"), plugin)
+
+
+@pytest.fixture
+def bench18(pg18: Server) -> Iterator[Bench]:
+    """A fresh database on PostgreSQL 18 with pgvector."""
+    yield from servers.make_bench(pg18, "pgoutput")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cheap folders first."""
+    order = {"unit": 0, "integration": 1, "faults": 2, "acceptance": 3}
+    items.sort(key=lambda item: order.get(Path(str(item.path)).parent.name, 4))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was not run."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []) if report.longrepr}
+    for reason in sorted(reasons):
+        terminalreporter.write_line(f"not run: {reason.removeprefix('Skipped: ')}")

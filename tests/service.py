@@ -1,0 +1,158 @@
+"""The real process under test, and what may be asked about its work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdc_embedder.embedding.fake import fake_vector
+
+PATIENCE_S = 60.0
+"""How long a test waits for what must become true; nothing is asserted about how long it took."""
+
+
+class Service:
+    """`python -m cdc_embedder run` as a child process; its log is kept in a file."""
+
+    def __init__(self, bench: Any, **environment: str) -> None:
+        self._bench = bench
+        self._environment = {
+            "CDC_EMBEDDER_DSN": bench.dsn_service,
+            "CDC_EMBEDDER_SLOT": bench.slot,
+            "CDC_EMBEDDER_OUTPUT_PLUGIN": bench.plugin,
+            "CDC_EMBEDDER_LOG_LEVEL": "debug",
+        } | environment
+        self._log = Path(tempfile.mkstemp(prefix="cdc-embedder-", suffix=".log")[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        assert self._process is not None
+        return self._process.poll()
+
+    def start(self) -> Service:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_EMBEDDER_", "PG"))}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cdc_embedder", "run"],
+                env=inherited | self._environment,
+                stdout=log,
+                stderr=log,
+            )
+        return self
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout=PATIENCE_S)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, and nothing of the process remains."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.unlink(missing_ok=True)
+
+    def wait_for_log(self, text: str) -> None:
+        until(lambda: text in self.log, f"the log never said {text!r}", lambda: self.log)
+
+
+@contextmanager
+def running(bench: Any, **environment: str) -> Iterator[Service]:
+    """The service from start to end; a failing test shows its log."""
+    service = Service(bench, **environment).start()
+    try:
+        yield service
+    except BaseException:
+        print(service.log)
+        raise
+    finally:
+        service.end()
+
+
+def until(true: Callable[[], object], otherwise: str, detail: Callable[[], object] = lambda: "") -> None:
+    """Wait until `true()` is; fail with `otherwise` and `detail()` when it does not become so."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"{otherwise}\n{detail()}"
+        time.sleep(0.05)
+
+
+def status(bench: Any) -> list[dict[str, Any]]:
+    cursor = bench.admin.execute("SELECT to_jsonb(s) FROM cdc_embedder.status s ORDER BY id")
+    return [row[0] for row in cursor.fetchall()]
+
+
+def caught_up(bench: Any) -> bool:
+    """Every column is live and current, and the slot is confirmed past everything written so far."""
+    target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
+    rows = status(bench)
+    if not rows or any(row["state"] != "live" or row["pending"] or row["coverage"] != 100 for row in rows):
+        return False
+    return confirmed(bench, target)
+
+
+def confirmed(bench: Any, target: str) -> bool:
+    """Whether the slot is confirmed up to `target`, but for what the server itself writes between records."""
+    row = bench.admin.execute(
+        "SELECT pg_wal_lsn_diff(%s, confirmed_flush_lsn) FROM pg_replication_slots WHERE slot_name = %s",
+        (target, bench.slot),
+    ).fetchone()
+    return row is not None and row[0] is not None and row[0] <= 0
+
+
+def wait_caught_up(bench: Any) -> None:
+    """Wait until what is committed now is embedded: the slot passes the present position, then all is current."""
+    target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
+    until(lambda: confirmed(bench, target), "the slot was never confirmed that far", lambda: status(bench))
+    until(
+        lambda: (rows := status(bench))
+        and all(row["state"] == "live" and not row["pending"] and row["coverage"] == 100 for row in rows),
+        "the columns were never current",
+        lambda: status(bench),
+    )
+
+
+def assert_every_vector_is_of_its_text(
+    bench: Any, table: str = "documents", text: str = "body", target: str = "embedding", model: str = "fake"
+) -> int:
+    """Each row's stored vector is the fake model's of its present text, and NULL exactly where the text is."""
+    rows = bench.admin.execute(f"SELECT {text}, {target}::real[] FROM {table}").fetchall()  # noqa: S608
+    for present, stored in rows:
+        if present is None:
+            assert stored is None
+        else:
+            assert stored is not None, present
+            assert np.allclose(stored, fake_vector(model, present, len(stored)), atol=2e-3), present
+    return len(rows)

@@ -1,0 +1,101 @@
+"""What an operator sees on standard error, and what a machine reads there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from cdc_embedder import logs
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    root, ours = logging.getLogger(), logging.getLogger("cdc_embedder")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err.splitlines()
+
+
+def test_text_is_one_line_of_time_level_and_message(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("text", "info")
+    logging.getLogger("cdc_embedder.service").warning("confirmed through %s", "16/B374D848")
+    [line] = lines(capsys)
+    assert re.fullmatch(TIME + r" warning confirmed through 16/B374D848", line)
+
+
+def test_levels_stand_in_one_column(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("text", "info")
+    logging.getLogger("cdc_embedder").info("stopped")
+    logging.getLogger("cdc_embedder").error("stopped")
+    assert {line.index("stopped") for line in lines(capsys)} == {len("2026-01-01T00:00:00.000Z warning ")}
+
+
+def test_json_is_one_object_a_line_whatever_the_message_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("json", "info")
+    logging.getLogger("cdc_embedder.service").error("table %s", 'a"b\nÄ')
+    [line] = lines(capsys)
+    found = json.loads(line)
+    assert re.fullmatch(TIME, found.pop("time"))
+    assert found == {"level": "error", "logger": "cdc_embedder.service", "message": 'table a"b\nÄ'}
+
+
+def test_the_time_is_utc_to_the_millisecond(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("json", "info")
+    record = logging.LogRecord("cdc_embedder", logging.INFO, "", 0, "x", None, None)
+    record.created = 1_700_000_000.0
+    logging.getLogger().handle(record)
+    assert json.loads(lines(capsys)[0])["time"] == "2023-11-14T22:13:20.000Z"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_defect_is_logged_with_its_traceback(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up(form, "info")
+    try:
+        raise LookupError("no such lane")
+    except LookupError:
+        logging.getLogger("cdc_embedder").exception("defect")
+    printed = "\n".join(lines(capsys))
+    shown = json.loads(printed)["exception"] if form == "json" else printed
+    assert "Traceback" in shown
+    assert "LookupError: no such lane" in shown
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [("debug", ["debug", "info", "warning", "error"]), ("info", ["info", "warning", "error"]), ("error", ["error"])],
+)
+def test_our_log_begins_at_the_level_asked_for(
+    level: str, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.set_up("json", level)
+    for name in ("debug", "info", "warning", "error"):
+        logging.getLogger("cdc_embedder.wal.stream").log(getattr(logging, name.upper()), "x")
+    assert [json.loads(line)["level"] for line in lines(capsys)] == shown
+
+
+def test_libraries_speak_only_from_warning_up(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("json", "debug")
+    logging.getLogger("httpx").info("POST with everything")
+    logging.getLogger("httpx").warning("x")
+    assert [json.loads(line)["logger"] for line in lines(capsys)] == ["httpx"]
+
+
+def test_set_up_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("text", "info")
+    logs.set_up("json", "info")
+    logging.getLogger("cdc_embedder").info("x")
+    assert len(lines(capsys)) == 1

@@ -1,0 +1,187 @@
+"""The pgoutput decoder, on the bytes that PostgreSQL 15 and 18 sent."""
+
+import contextlib
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc_embedder.errors import ProtocolError
+from cdc_embedder.lsn import LSN
+from cdc_embedder.wal.messages import Begin, Commit, Insert, Message, Origin, Relation, Update
+from cdc_embedder.wal.pgoutput import PgOutputDecoder, options
+from tests.capture import CHANGES, ODD, meaning, payloads
+
+CAPTURES = ["capture-pgoutput-15", "capture-pgoutput-18"]
+
+NAME = ODD[1]
+TABLE = Relation("public", "t", 7, "d", ("id", "body", "note"), ("id",))
+RELATION = b"R\0\0\0\7public\0t\0d\0\3" + b"".join(
+    bytes([flag]) + name + b"\0\0\0\0\x19\xff\xff\xff\xff" for flag, name in [(1, b"id"), (0, b"body"), (0, b"note")]
+)
+
+
+def row(*values: bytes | None) -> bytes:
+    return struct.pack("!H", len(values)) + b"".join(
+        b"n" if value is None else b"u" if value == b"unchanged" else b"t" + struct.pack("!I", len(value)) + value
+        for value in values
+    )
+
+
+def decoded(stem: str, decoder: PgOutputDecoder | None = None) -> list[Message]:
+    decoder = decoder or PgOutputDecoder()
+    return [message for payload in payloads(stem) for message in decoder.decode(payload)]
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_the_workload_is_told_as_it_happened(stem: str) -> None:
+    assert meaning(decoded(stem)) == CHANGES
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_memoryviews_decode_as_bytes_do(stem: str) -> None:
+    decoder = PgOutputDecoder()
+    assert [m for p in payloads(stem) for m in decoder.decode(memoryview(p))] == decoded(stem)
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_a_message_cut_at_any_byte_is_a_protocol_error(stem: str) -> None:
+    decoder = PgOutputDecoder()
+    for payload in payloads(stem):
+        for size in range(len(payload)):
+            with pytest.raises(ProtocolError):
+                decoder.decode(payload[:size])
+        decoder.decode(payload)
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_a_message_with_a_byte_too_many_is_a_protocol_error(stem: str) -> None:
+    decoder = PgOutputDecoder()
+    for payload in payloads(stem):
+        with pytest.raises(ProtocolError):
+            decoder.decode(payload + b"\0")
+        decoder.decode(payload)
+
+
+@given(data=st.data())
+def test_a_damaged_message_raises_nothing_but_a_protocol_error(data: st.DataObject) -> None:
+    messages = payloads(CAPTURES[0])
+    number = data.draw(st.integers(0, len(messages) - 1))
+    damaged = bytearray(messages[number])
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, min(len(damaged), 200) - 1))] = data.draw(st.integers(0, 255))
+    decoder = PgOutputDecoder()
+    for payload in messages[:number]:
+        decoder.decode(payload)
+    with contextlib.suppress(ProtocolError):
+        decoder.decode(bytes(damaged))
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_commits_carry_the_end_of_their_transaction(stem: str) -> None:
+    messages = decoded(stem)
+    begins = [m for m in messages if isinstance(m, Begin)]
+    commits = [m for m in messages if isinstance(m, Commit)]
+    assert [b.commit_lsn for b in begins] == [c.commit_lsn for c in commits]
+    assert all(c.end_lsn > c.commit_lsn for c in commits)
+    assert sorted(c.end_lsn for c in commits) == [c.end_lsn for c in commits]
+    assert all(type(c.end_lsn) is LSN for c in commits)
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_a_relation_is_described_with_its_key_and_identity(stem: str) -> None:
+    described = {m.name: m for m in decoded(stem) if isinstance(m, Relation)}
+    assert described[NAME].schema == "Odd, schema"
+    assert described[NAME].columns == ("Key, 1", 'bo"dy')
+    assert described["by_index"].key_columns == ("code",)
+    assert described["doc"].key_columns == ("id",)
+    assert {name: described[name].replica_identity for name in ("doc", "whole", "by_index")} == {
+        "doc": "d",
+        "whole": "f",
+        "by_index": "i",
+    }
+    assert described["composite"].columns == ("tenant", "Doc Id", "words"), "the latest description counts"
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_an_origin_is_told_by_name_inside_its_transaction(stem: str) -> None:
+    messages = decoded(stem)
+    at = messages.index(Origin(name="capture_origin"))
+    assert isinstance(messages[at - 1], Begin)
+    assert meaning(messages[at + 1 :])[0][2]["id"] == "10"
+
+
+@pytest.mark.parametrize("stem", CAPTURES)
+def test_columns_that_nobody_wants_are_left_out(stem: str) -> None:
+    ids = PgOutputDecoder(lambda _: ["id"])
+    seen = set()
+    for message in decoded(stem, ids):
+        if isinstance(message, Insert | Update):
+            assert set(message.values) == {"id"} & set(message.relation.columns)
+            assert set(message.identity if isinstance(message, Update) else ()) <= {"id"}
+            seen |= set(message.values)
+    assert seen == {"id"}
+    all_columns = PgOutputDecoder(lambda _: None)
+    assert decoded(stem, all_columns) == decoded(stem)
+
+
+def test_null_unchanged_and_empty_are_three_things() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    (update,) = decoder.decode(b"U\0\0\0\7N" + row(b"1", None, b"unchanged"))
+    assert update == Update(TABLE, {"id": "1", "body": None}, {})
+    (update,) = decoder.decode(b"U\0\0\0\7N" + row(b"1", b"", b"unchanged"))
+    assert update == Update(TABLE, {"id": "1", "body": ""}, {})
+
+
+def test_an_old_key_holds_the_key_and_no_false_nulls() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    (update,) = decoder.decode(b"U\0\0\0\7K" + row(b"1", None, None) + b"N" + row(b"2", b"x", None))
+    assert update == Update(TABLE, {"id": "2", "body": "x", "note": None}, {"id": "1"})
+
+
+def test_an_unchanged_key_column_is_found_in_the_old_row() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    (update,) = decoder.decode(b"U\0\0\0\7O" + row(b"1", b"a", None) + b"N" + row(b"unchanged", b"b", None))
+    assert update == Update(TABLE, {"body": "b", "note": None}, {"id": "1", "body": "a", "note": None})
+
+
+@pytest.mark.parametrize("kind", b"KPprbScEAXz\0\xff")
+def test_an_unknown_message_stops_the_stream(kind: int) -> None:
+    with pytest.raises(ProtocolError, match="unknown kind"):
+        PgOutputDecoder().decode(bytes([kind]) + b"\0" * 40)
+
+
+def test_a_change_of_a_relation_that_was_never_described_stops_the_stream() -> None:
+    with pytest.raises(ProtocolError, match="before its description"):
+        PgOutputDecoder().decode(b"I\0\0\0\7N" + row(b"1", None, None))
+
+
+def test_a_row_that_does_not_fit_its_relation_stops_the_stream() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    with pytest.raises(ProtocolError, match="2 columns"):
+        decoder.decode(b"I\0\0\0\7N" + row(b"1", None))
+
+
+def test_a_binary_value_stops_the_stream() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    with pytest.raises(ProtocolError, match="unknown kind"):
+        decoder.decode(b"I\0\0\0\7N\0\3b\0\0\0\1xnn")
+
+
+def test_a_value_that_is_no_text_is_a_protocol_error_that_does_not_show_it() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    with pytest.raises(ProtocolError) as raised:
+        decoder.decode(b"I\0\0\0\7N" + row(b"1", b"secret\xff", None))
+    assert "secret" not in raised.value.sentence
+
+
+def test_a_publication_name_is_quoted_as_an_identifier() -> None:
+    assert options('My "Pub", 2') == {"proto_version": "1", "publication_names": '"My ""Pub"", 2"'}
+    assert options("p", messages=True)["messages"] == "true"
