@@ -73,7 +73,10 @@ def changes(done: list[str]) -> list[str]:
 def test_installing_twice_changes_nothing_and_says_so(bare: Bare) -> None:
     done = changes(install(bare.dsn, "cdc_embedder"))
     assert [line.split(",")[0] for line in done] == [
-        "made the schema cdc_embedder", "applied migration 001_tables", "made the publication cdc_embedder"]  # fmt: skip
+        "made the schema cdc_embedder",
+        "applied migration 001_tables",
+        "made the publication cdc_embedder",
+    ]
     before = dump(bare)
     assert "FUNCTION cdc_embedder._make_ledger" in before
     assert changes(install(bare.dsn, "cdc_embedder"))[0].startswith("nothing to do")
@@ -122,9 +125,8 @@ def test_the_models_have_their_cards_values(bare: Bare) -> None:
         " trust_remote_code FROM cdc_embedder.model ORDER BY dimensions, name"
     ).fetchall()
     query = "Represent this sentence for searching relevant passages: "
-    minilm, e5, gte, mxbai = (
-        "all-MiniLM-L6-v2", "intfloat/e5-small-v2", "Alibaba-NLP/gte-large-en-v1.5", "mixedbread-ai/mxbai-embed-large-v1"
-    )  # fmt: skip
+    minilm, e5 = "all-MiniLM-L6-v2", "intfloat/e5-small-v2"
+    gte, mxbai = "Alibaba-NLP/gte-large-en-v1.5", "mixedbread-ai/mxbai-embed-large-v1"
     assert known == [
         (minilm, f"sentence-transformers/{minilm}", "local", 384, None, None, True, False),
         (e5, e5, "local", 384, "passage: ", "query: ", True, False),
@@ -283,7 +285,9 @@ def test_uninstalling_removes_everything_of_ours_and_leaves_vectors(bare: Bare) 
     configure(bare.admin)
     origin = f"{bare.name}_1"
     bare.admin.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (bare.name,))
-    bare.admin.execute("SELECT pg_replication_origin_create(o) FROM unnest(%s) o", ([origin, f"{bare.name}_mine"],))
+    bare.admin.execute(
+        "SELECT pg_replication_origin_create(o) FROM unnest(%s::text[]) o", ([origin, f"{bare.name}_mine"],)
+    )
     plan = uninstall_plan(bare.dsn, bare.name)
     assert plan == [
         f"the replication slot {bare.name}", "the publication mine", f"the replication origin {origin}",

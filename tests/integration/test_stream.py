@@ -285,14 +285,31 @@ async def test_a_server_that_stops_is_not_held_up_by_what_cannot_be_confirmed_ye
     await ready(bench)
     bench.admin.execute("INSERT INTO doc VALUES (1)")
     async with streaming(bench) as stream:
-        await read_until(stream, has_row("1"))
+        first = last_commit(await read_until(stream, has_row("1")))
+        stream.confirm(first)  # a walsender that was never told anything does not wait
+        await until(lambda: confirmed(bench) == first)
+        bench.admin.execute("INSERT INTO doc VALUES (2)")
+        await read_until(stream, has_row("2"))
         restart = asyncio.create_task(asyncio.to_thread(bench.restart, mode))
         with pytest.raises(ServerGone):
-            await read_until(stream, has_row("2"))
+            await read_until(stream, has_row("3"))
         await stream.close(clean=False)
         await restart
     async with streaming(bench) as stream:
-        assert keys(await read_until(stream, has_row("1"))) == ["1"]
+        # servers before 17 do not write a confirmation down when they stop, and none does when it crashes
+        assert keys(await read_until(stream, has_row("2")))[-1] == "2"
+
+
+async def test_a_server_that_stops_gets_the_confirmation_it_waits_for(bench: Bench) -> None:
+    await ready(bench)
+    stream = await open_stream(bench)
+    bench.admin.execute("INSERT INTO doc VALUES (1)")
+    stream.confirm(last_commit(await read_until(stream, has_row("1"))))
+    restart = asyncio.create_task(asyncio.to_thread(bench.restart, "fast"))
+    with pytest.raises(ServerGone, match="it is stopping"):
+        await confirm_when_idle(stream)
+    await stream.close(clean=True)
+    await restart
 
 
 async def test_a_publication_that_is_gone_is_reported_and_not_passed_over(bench: Bench) -> None:
