@@ -74,18 +74,18 @@ class EmbeddingColumn:
 
 
 _COLUMNS = """
-SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_name, c.source_table::text AS shown,
-       n.nspname AS schema, t.relname AS table, t.relkind, t.relpersistence, t.relreplident, t.relhasrules,
+SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_name,
+       to_regclass(format('%I.%I', c.source_schema, c.source_name))::oid::int8 AS named_oid,
+       c.source_table::text AS shown, n.nspname AS schema, t.relname AS table, t.relkind, t.relpersistence, t.relreplident, t.relhasrules,
        c.separator, c.generation, c.enabled, c.on_existing, c.priority, to_jsonb(m) AS model,
-       (SELECT jsonb_agg(jsonb_build_object('name', a.attname, 'text', b.typname IN ('text','varchar','bpchar','citext'))
-               ORDER BY s.position)
+       (SELECT jsonb_agg(jsonb_build_object(
+                   'name', a.attname, 'text', b.typname IN ('text','varchar','bpchar','citext')) ORDER BY s.position)
           FROM unnest(c.source_attnums) WITH ORDINALITY AS s(attnum, position)
           JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = s.attnum AND NOT a.attisdropped
-          JOIN pg_type y ON y.oid = a.atttypid
-          JOIN pg_type b ON b.oid = CASE WHEN y.typtype = 'd' THEN y.typbasetype ELSE y.oid END) AS sources,
+          JOIN pg_type b ON b.oid = cdc_embedder._base_type(a.atttypid)) AS sources,
        cardinality(c.source_attnums) AS source_count,
-       (SELECT jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod), 'oid', a.atttypid::int8,
-                                  'kind', y.typname, 'element', e.typname, 'typmod', a.atttypmod)
+       (SELECT jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
+                                  'oid', a.atttypid::int8, 'kind', y.typname, 'element', e.typname, 'typmod', a.atttypmod)
           FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
           LEFT JOIN pg_type e ON e.oid = y.typelem AND y.typlen = -1
          WHERE a.attrelid = t.oid AND a.attnum = c.target_attnum AND NOT a.attisdropped) AS target,
@@ -173,6 +173,9 @@ def _fault(row: Mapping[str, Any], target: Target | None, model: ModelSpec) -> s
     """Why the column cannot be served as the catalog stands now; None where it can."""
     if row["table"] is None:
         return f"the table {row['source_schema']}.{row['source_name']} was dropped; remove the column"
+    if row["named_oid"] not in (None, row["table_oid"]):
+        name = f"{row['source_schema']}.{row['source_name']}"
+        return f"{name} is another table than the one that was configured; SELECT cdc_embedder.resume('{name}')"
     if not row["key"]:
         return f"{row['shown']} has no usable primary key any more; add one"
     if row["relreplident"] == "n":

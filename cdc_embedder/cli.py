@@ -220,8 +220,8 @@ def demo(
 @app.command()
 def uninstall(yes: Yes = False, dsn: Dsn = None, slot: Slot = None, config: Config = None) -> None:
     """Remove slot, publication, origins and schema; tables and their vectors stay."""
-    from cdc_embedder.install import uninstall as remove_all
-    from cdc_embedder.install import uninstall_plan
+    from cdc_embedder.uninstall import uninstall as remove_all
+    from cdc_embedder.uninstall import uninstall_plan
 
     settings = _settings(config, dsn=dsn, slot=slot)
     for sentence in uninstall_plan(settings.dsn.get_secret_value(), settings.slot):
@@ -248,7 +248,7 @@ def _query(dsn: str, statement: str, parameters: Sequence[Any]) -> list[Any]:
     try:
         with psycopg.connect(pinned(dsn, "cli", {}), autocommit=True) as connection:
             connection.add_notice_handler(lambda notice: err.print(notice.message_primary, markup=False))
-            return connection.execute(statement, parameters).fetchall()  # type: ignore[arg-type]
+            return connection.execute(statement, parameters).fetchall()
     except psycopg.errors.InvalidSchemaName as error:
         raise Problem("the schema cdc_embedder is not installed", hint="run: cdc-embedder init") from error
     except psycopg.Error as error:

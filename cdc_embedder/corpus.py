@@ -12,6 +12,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _LEFT_OUT = frozenset({"encodings", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"})
@@ -34,6 +35,16 @@ class Docstring:
 
 def standard_library(limit: int) -> list[Docstring]:
     """At most `limit` docstrings, by name: those of modules first of all, the others spread evenly over the library."""
+    found = _everything()
+    modules = [docstring for docstring in found if docstring.name == docstring.module]
+    members = [docstring for docstring in found if docstring.name != docstring.module]
+    chosen = _spread(modules, limit)
+    return sorted(chosen + _spread(members, limit - len(chosen)), key=lambda docstring: docstring.name)
+
+
+@cache
+def _everything() -> list[Docstring]:
+    """Every docstring; where a name is defined more than once, the first."""
     found: dict[str, Docstring] = {}
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -41,10 +52,7 @@ def standard_library(limit: int) -> list[Docstring]:
         if _LEFT_OUT.isdisjoint(parts) and not any(_is_private(part) for part in parts if part != "__init__"):
             for docstring in _docstrings(path, ".".join(part for part in parts if part != "__init__")):
                 found.setdefault(docstring.name, docstring)
-    modules = [docstring for docstring in found.values() if docstring.name == docstring.module]
-    members = [docstring for docstring in found.values() if docstring.name != docstring.module]
-    chosen = _spread(modules, limit)
-    return sorted(chosen + _spread(members, limit - len(chosen)), key=lambda docstring: docstring.name)
+    return list(found.values())
 
 
 def _docstrings(path: Path, module: str) -> Iterator[Docstring]:

@@ -3,7 +3,7 @@
 libpq gives no SQLSTATE for a connection that was never made. There, and only there, the server's English words for what
 waiting cannot mend are looked for; a server that says it in another language is tried again for ever.
 
-Not for the replication slot: what its errors mean for an operator is told by `wal.slot.explain`.
+Not for the replication slot: what its errors mean for an operator is told by `wal.diagnosis.explain`.
 SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
 """
 
@@ -32,7 +32,14 @@ _NEVER_CONNECTS = (
 )
 """What the server answers when only an operator can help."""
 
-_MAY_CONNECT = ("Connection refused", "starting up", "shutting down", "too many", "remaining connection slots", "timeout")
+_MAY_CONNECT = (
+    "Connection refused",
+    "starting up",
+    "shutting down",
+    "too many",
+    "remaining connection slots",
+    "timeout",
+)
 """What another host of the list, or the same one, may get over."""
 
 

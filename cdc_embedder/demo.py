@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdc_embedder.corpus import Docstring, standard_library
+from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedded import Server, embedded_bindir
 from cdc_embedder.embedding.base import InputType, finish
 from cdc_embedder.embedding.registry import Embedders, builtin_spec
@@ -85,7 +86,14 @@ class _Service:
 
 def demo(question: str, keep: bool, rows: int = 2000) -> int:
     """Run it all; returns the exit status. With `keep` it goes on until it is interrupted. Raises Problem."""
-    out = Console()
+    try:
+        _run(Console(), question, keep, rows)
+    except psycopg.Error as error:
+        raise from_database(error, "the demo's own database") from error
+    return 0
+
+
+def _run(out: Console, question: str, keep: bool, rows: int) -> None:
     started = time.monotonic()
     with _signals_unwind(), _directory() as directory, _server(directory, out) as server:
         dsn = server.dsn("demo", "demo")
@@ -98,7 +106,6 @@ def demo(question: str, keep: bool, rows: int = 2000) -> int:
                 out.print(f"\ndone after {time.monotonic() - started:.0f} s")
                 if keep:
                     _stay(server, dsn, service, out)
-    return 0
 
 
 @contextmanager
@@ -239,15 +246,15 @@ def _vector(connection: Connection, name: str) -> str | None:
 def _search(connection: Connection, question: str, out: Console) -> None:
     """Embed the question here, as an application would, and let pgvector find its neighbours."""
     out.print("[bold]6[/] SELECT name, body FROM documentation ORDER BY embedding <=> … LIMIT 8", highlight=False)
-    shown = Table(box=None, header_style="bold", title=Text(f' "{question}"'), title_justify="left")
     found = nearest(connection, question, 8)
-    shown.add_column(
-        " name", no_wrap=True, overflow="ellipsis", width=min(40, 1 + max(len(name) for name, *_ in found))
-    )
-    shown.add_column("score", justify="right", min_width=5)
-    shown.add_column("documentation", no_wrap=True, overflow="ellipsis")
+    width = max(len(name) for name, *_ in found)
+    shown = Table(box=None, header_style="bold", title=Text(f' "{question}"'), title_justify="left")
+    for heading in (" name", "score", "documentation"):
+        shown.add_column(heading, no_wrap=True)
     for name, score, body in found:
-        shown.add_row(f" {name}", f"{score:.3f}", body.splitlines()[0])
+        first = Text(body.splitlines()[0])
+        first.truncate(max(out.width - width - 13, 10), overflow="ellipsis")
+        shown.add_row(f" {name}", f"{score:.3f}", first)
     out.print(shown)
 
 

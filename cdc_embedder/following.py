@@ -1,4 +1,4 @@
-"""Following the configuration: which columns there are, which are served, with which model, covered by the stream or not.
+"""Following the configuration: which columns there are, which are served and with which model, what the stream covers.
 
 Woken by NOTIFY and, since a notification can be missed and the catalog changes without one, every few seconds. A
 column stops being served only after a scan of it was requested durably; it is served again before that scan begins.
@@ -224,7 +224,9 @@ class Configuration:
             if statement is None:
                 self.wake.set()
                 return
-            lane.uncovered = f"changes are not seen until the table's owner runs: {statement}; until then scans alone feed the column"
+            lane.uncovered = (
+                f"changes are not seen, scans alone feed the column, until its table's owner runs: {statement}"
+            )
         lane.barrier = 0
         if self._now() >= lane.next_scan and not lane.scan.wanted:
             lane.next_scan = self._now() + RESCAN_SECONDS

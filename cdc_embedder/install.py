@@ -92,7 +92,7 @@ def install(dsn: str, slot: str, *, owner: str | None = None, published_everywhe
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             f"installing cdc_embedder: {error.diag.message_primary}",
-            hint="It takes CREATE on the database; or a superuser runs `cdc-embedder init --owner ROLE` for the service.",
+            hint="It takes CREATE on the database; or a superuser runs `cdc-embedder init --owner ROLE`.",
             sqlstate=error.sqlstate,
         ) from error
     except psycopg.Error as error:

@@ -80,7 +80,7 @@ class Pending:
 
     @property
     def oldest(self) -> float | None:
-        """Since when the oldest key waits; None where none does."""
+        """Since when the oldest key waits, give or take the time of one batch in flight; None where none does."""
         for entry in self._entries.values():
             return entry.reason.since
         return None

@@ -74,6 +74,8 @@ class Pipeline:
         self._fetches: dict[int, tuple[EmbeddingColumn, Fetch]] = {}
         self._work = asyncio.Event()
         self._room = asyncio.Event()
+        self._taken = asyncio.Event()
+        self._taken.set()
         self._stopping = asyncio.Event()
         self._to_embed: asyncio.Queue[Batch | None] = asyncio.Queue(maxsize=1)
         self._to_write: asyncio.Queue[Batch | None] = asyncio.Queue(maxsize=1)
@@ -100,11 +102,12 @@ class Pipeline:
     def confirm(self) -> None:
         """Tell the stream how far the slot may be confirmed."""
         if self.stream is not None:
-            self.stream.confirm(self._configuration.watermark.flushed)
+            watermark = self._configuration.watermark
+            watermark.idle(self.stream.idle_through)
+            self.stream.confirm(watermark.flushed)
 
     async def read(self, stream: ReplicationStream, router: Router) -> None:
         """Route what the stream delivers, until cancelled. Raises what the stream raises."""
-        watermark = self._configuration.watermark
         async for messages in stream.batches():
             if messages:
                 router.route(messages, now())
@@ -112,7 +115,6 @@ class Pipeline:
                 if router.unusable or any(lane.route.missed for lane in self.lanes):
                     router.unusable.clear()
                     self._configuration.wake.set()
-            watermark.idle(stream.idle_through)
             self.confirm()
             while self.pending >= self._max_pending:
                 self._room.clear()
@@ -121,8 +123,7 @@ class Pipeline:
     async def fetch(self) -> None:
         """Take the keys whose turn it is, judge them, pass on what needs the model or a write."""
         while not self._stopping.is_set():
-            while self._to_embed.full():
-                await asyncio.sleep(0.001)
+            await self._taken.wait()  # keys are taken as late as can be: what waits longest goes first
             chosen = self._choose()
             if chosen is None:
                 await self._idle()
@@ -130,12 +131,14 @@ class Pipeline:
             lane = self._configuration.lanes[chosen.column]  # type: ignore[index]
             batch = await self._judge(lane, chosen)
             if batch is not None:
+                self._taken.clear()
                 await self._to_embed.put(batch)
         await self._to_embed.put(None)
 
     async def embed(self) -> None:
         """Texts to vectors in a worker thread, one batch at a time."""
         while (batch := await self._to_embed.get()) is not None:
+            self._taken.set()
             if await self._embed(batch):
                 await self._to_write.put(batch)
         await self._to_write.put(None)
@@ -199,17 +202,20 @@ class Pipeline:
             pending.give_back(entries, now(), RETRY_SECONDS)
             await self._trouble(lane, from_database(error, f"reading {column.label}"))
             return None
-        done, invisible = [], []
+        done, invisible, later = [], [], []
         batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32))
         for entry, row in zip(entries, rows, strict=True):
             if entry.reason.xid is not None and not snapshot.sees(entry.reason.xid):
                 invisible.append(entry)
             elif row.verdict is Verdict.DONE:
                 done.append(entry)
+            elif row.verdict is Verdict.LATER:
+                later.append(entry)
             else:
                 batch.entries.append(entry)
                 batch.rows.append(row)
         pending.finish(done)
+        pending.give_back(later, now())
         for entry in invisible:
             pending.give_back([entry], now(), min(RETRY_SECONDS, INVISIBLE_SECONDS * 2 ** min(entry.tries, 10)))
         if done:

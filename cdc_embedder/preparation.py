@@ -48,7 +48,7 @@ async def check_server(connection: Connection, slot: str) -> None:
     if row[0]:
         raise Misconfigured(
             "the server is a standby: vectors cannot be written back to it",
-            hint="give the primary's address in CDC_EMBEDDER_DSN; target_session_attrs=read-write finds it among several",
+            hint="name the primary in CDC_EMBEDDER_DSN; target_session_attrs=read-write finds it among several",
         )
     if not row[1]:
         raise Misconfigured("the schema cdc_embedder is not installed in this database", hint="run: cdc-embedder init")

@@ -12,7 +12,7 @@ import logging
 
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.following import Configuration
-from cdc_embedder.lsn import ZERO, LSN
+from cdc_embedder.lsn import LSN, ZERO
 from cdc_embedder.pipeline import Pipeline
 from cdc_embedder.preparation import Taken
 from cdc_embedder.routing import Router
@@ -88,13 +88,14 @@ class Reading:
             self._router = None
             await self.close()
 
-    async def close(self) -> None:
-        """Confirm what is finished and end the stream in good order."""
+    async def close(self, *, clean: bool = True) -> None:
+        """Let go of the slot; `clean`: after confirming what is finished, in agreement with the server."""
         stream = self._pipeline.stream
         if stream is not None:
-            self._pipeline.confirm()
+            if clean:
+                self._pipeline.confirm()
             self._pipeline.stream = None
-            await stream.close(clean=True)
+            await stream.close(clean=clean)
 
     async def _open(self) -> tuple[ReplicationStream, Router]:
         """Start the stream where the slot stands; the waiting keys will be asked for again by it."""
@@ -114,7 +115,9 @@ class Reading:
             )
         else:
             options, decoder = pgoutput.options(taken.slot), pgoutput.PgOutputDecoder()
-        stream = await ReplicationStream.open(self._dsn, taken.slot, options, decoder, timeout_s=self._timeout_s, on_warning=self._warned)
+        stream = await ReplicationStream.open(
+            self._dsn, taken.slot, options, decoder, timeout_s=self._timeout_s, on_warning=self._warned
+        )
         self._pipeline.stream, self._router, self._streamed = stream, router, tables
         log.info("streaming from the slot %s (%s), %d table(s)", taken.slot, taken.plugin, len(tables))
         return stream, router

@@ -40,6 +40,8 @@ class Router:
         self._echo = False
         self.changes = 0
         """Changes put on a waiting list so far."""
+        self.echoes = 0
+        """Changes of our own that were passed over so far."""
         self.unusable: set[int] = set()
         """Oids of relations that were described without a usable replica identity."""
 
@@ -56,7 +58,9 @@ class Router:
         for message in messages:
             match message:
                 case Insert() | Update():
-                    if not self._echo:
+                    if self._echo:
+                        self.echoes += 1
+                    else:
                         self._change(message, now)
                 case Begin():
                     self._position = self._watermark.begin()

@@ -113,7 +113,7 @@ def _nearest(column: dict[str, Any], k: int) -> sql.Composed:
         order = sql.SQL("{} {} {}").format(target, operator, question)
     else:
         score = sql.SQL("(SELECT sum(u.a * u.b) FROM unnest({}::float8[], $1::float8[]) AS u(a, b))").format(target)
-        order = sql.SQL("score DESC")
+        order = sql.Composed([sql.SQL("score DESC")])
     return sql.SQL(
         "SELECT {keys}, {score} AS score, concat_ws(' ', {text}) AS text FROM {table} t WHERE {target} IS NOT NULL"
         " ORDER BY {order} LIMIT {k}"

@@ -22,7 +22,7 @@ from cdc_embedder.embedding.registry import Embedders
 from cdc_embedder.errors import Problem, SlotBusy, Temporary
 from cdc_embedder.following import Configuration
 from cdc_embedder.pipeline import Pipeline
-from cdc_embedder.preparation import Taken, check_server, take_advisory_lock, take_slot
+from cdc_embedder.preparation import check_server, take_advisory_lock, take_slot
 from cdc_embedder.reading import Reading
 from cdc_embedder.reporting import Reporter
 from cdc_embedder.rows.session import Connection, connect
@@ -33,7 +33,6 @@ from cdc_embedder.wal.slot import PluginRefused
 
 log = logging.getLogger(__name__)
 
-E = TypeVar("E", bound=BaseException)
 T = TypeVar("T")
 
 BUSY_SECONDS = 1.0
@@ -97,15 +96,15 @@ class Service:
             pass
 
     async def _session(self) -> None:
-        """One connection's worth of work, until `stop` or trouble."""
+        """One connection's worth of work, until `stop` or trouble. Raises Problem; anything else is a bug of ours."""
         async with AsyncExitStack() as stack:
             try:
                 await self._work(stack)
-            except* psycopg.Error as group:
-                error = _first(group)
-                raise from_database(error, "the database session failed") from error
-            except* Problem as group:
-                raise _first(group) from None
+            except (psycopg.Error, ExceptionGroup) as error:
+                problem = _problem(error)
+                if problem is None:
+                    raise
+                raise problem from error
 
     async def _work(self, stack: AsyncExitStack) -> None:
         settings, slot = self._settings, self._settings.slot
@@ -125,6 +124,7 @@ class Service:
         fetcher = await self._connect(stack, "fetch")
         pipeline = Pipeline(configuration, fetcher, writers, settings.max_pending_keys)
         reading.attach(configuration, pipeline)
+        stack.push_async_callback(reading.close, clean=False)
         await configuration.reload()
         await self._run_stages(stack, configuration, pipeline, reading)
 
@@ -183,9 +183,13 @@ class Service:
         return None
 
 
-def _first(group: BaseExceptionGroup[E]) -> E:
-    """The first exception that is not a group itself."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error  # type: ignore[return-value]
+def _problem(error: Exception) -> Problem | None:
+    """What went wrong, of all that did when one stage took the others down; None where something is no Problem."""
+    if isinstance(error, ExceptionGroup):
+        problems = [_problem(inner) for inner in error.exceptions]
+        if None in problems:
+            return None
+        return min(problems, key=lambda problem: isinstance(problem, Temporary))
+    if isinstance(error, psycopg.Error):
+        return from_database(error, "the database session failed")
+    return error if isinstance(error, Problem) else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from cdc_embedder.lsn import ZERO, LSN
+from cdc_embedder.lsn import LSN, ZERO
 
 
 @dataclass(slots=True, eq=False)

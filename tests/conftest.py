@@ -16,6 +16,7 @@ from cdc_embedder.errors import Misconfigured
 from tests import servers
 from tests.servers import Bench
 
+
 def _server(bindir: Callable[[], Path]) -> Iterator[Server]:
     try:
         found = bindir()
@@ -61,6 +62,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cheap folders first."""
     order = {"unit": 0, "integration": 1, "faults": 2, "acceptance": 3}
     items.sort(key=lambda item: order.get(Path(str(item.path)).parent.name, 4))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run in which no test ran is no success, though every skip had its reason."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    ran = terminal is None or any(terminal.stats.get(outcome) for outcome in ("passed", "failed", "error"))
+    if session.exitstatus == pytest.ExitCode.OK and not ran and not session.config.option.collectonly:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -123,7 +123,8 @@ def _drop(server: Server, database: str) -> None:
     """Slots first: a database with a slot cannot be dropped, nor a slot whose walsender still ends."""
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
         connection.execute(
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()",
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = %s AND pid <> pg_backend_pid()",
             (database,),
         )
         for (slot,) in connection.execute(

@@ -137,8 +137,10 @@ def wait_caught_up(bench: Any) -> None:
     target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
     until(lambda: confirmed(bench, target), "the slot was never confirmed that far", lambda: status(bench))
     until(
-        lambda: (rows := status(bench))
-        and all(row["state"] == "live" and not row["pending"] and row["coverage"] == 100 for row in rows),
+        lambda: (
+            (rows := status(bench))
+            and all(row["state"] == "live" and not row["pending"] and row["coverage"] == 100 for row in rows)
+        ),
         "the columns were never current",
         lambda: status(bench),
     )
@@ -148,7 +150,7 @@ def assert_every_vector_is_of_its_text(
     bench: Any, table: str = "documents", text: str = "body", target: str = "embedding", model: str = "fake"
 ) -> int:
     """Each row's stored vector is the fake model's of its present text, and NULL exactly where the text is."""
-    rows = bench.admin.execute(f"SELECT {text}, {target}::real[] FROM {table}").fetchall()  # noqa: S608
+    rows = bench.admin.execute(f"SELECT {text}, {target}::real[] FROM {table}").fetchall()
     for present, stored in rows:
         if present is None:
             assert stored is None

@@ -79,7 +79,7 @@ def finish(vectors: NDArray[Any], spec: ModelSpec) -> tuple[Vectors, NDArray[np.
     out = np.ascontiguousarray(vectors, dtype=np.float32)
     if out.ndim != 2 or out.shape[1] != spec.dimensions:
         raise ValueError(f"expected vectors of {spec.dimensions} dimensions, got an array of shape {out.shape}")
-    good: NDArray[np.bool_] = np.isfinite(out).all(axis=1)
+    good: NDArray[np.bool_] = np.asarray(np.isfinite(out).all(axis=1))
     if spec.normalize:
         norms = np.linalg.norm(out.astype(np.float64), axis=1)
         good &= np.isfinite(norms) & (norms > 0)

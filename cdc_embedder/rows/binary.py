@@ -64,7 +64,7 @@ def octets(values: Sequence[bytes], width: int) -> BinaryArray:
 
 
 def _array(element: int, length: int, body: NDArray[np.void]) -> BinaryArray:
-    """Header (dimensions, no NULLs, element type, length, lower bound 1) and body. Source: array_recv in arrayfuncs.c."""
+    """Header (dimensions, no NULLs, element type, length, lower bound 1), body. Source: array_recv in arrayfuncs.c."""
     if length == 0:
         return BinaryArray(np.array([0, 0, element], dtype=">u4").tobytes())
     header = np.array([1, 0, element, length, 1], dtype=">u4").tobytes()

@@ -41,7 +41,7 @@ def ledger_key(position: int, alias: str = "l") -> Composed:
 
 def operator(name: tuple[str, str]) -> Composed:
     """An operator by schema and name: sessions have nothing but pg_catalog on their search path."""
-    return sql.SQL("OPERATOR({}.{})").format(sql.Identifier(name[0]), sql.SQL(name[1]))  # type: ignore[arg-type]
+    return sql.SQL("OPERATOR({}.{})").format(sql.Identifier(name[0]), sql.SQL(name[1]))
 
 
 def source_key(column: EmbeddingColumn, alias: str = "t") -> list[Composed]:
@@ -58,10 +58,7 @@ def same_key(keys: Sequence[KeyColumn], left: Sequence[Composed], right: Sequenc
 
 def typed(keys: Sequence[KeyColumn], texts: Sequence[Composed]) -> list[Composed]:
     """Key columns that travelled as text, cast to the types of the key."""
-    return [
-        sql.SQL("CAST({} AS {})").format(text, sql.SQL(key.type))  # type: ignore[arg-type]
-        for key, text in zip(keys, texts, strict=True)
-    ]
+    return [sql.SQL("CAST({} AS {})").format(text, sql.SQL(key.type)) for key, text in zip(keys, texts, strict=True)]
 
 
 def key_text(column: EmbeddingColumn, alias: str = "t") -> Composed:
@@ -98,7 +95,7 @@ def fingerprint(column: EmbeddingColumn, alias: str = "t") -> Composed:
             "CASE WHEN {0} IS NULL THEN '\\x00'::bytea "
             "ELSE '\\x01'::bytea || int4send(octet_length({0})) || " + octets + " END"
         )
-    encoded = sql.SQL(" || ").join(sql.SQL(one).format(part) for part in parts)  # type: ignore[arg-type]
+    encoded = sql.SQL(" || ").join(sql.SQL(one).format(part) for part in parts)
     return sql.SQL("sha256({})").format(encoded)
 
 

@@ -31,6 +31,12 @@ class Verdict(IntEnum):
     EMBED = 1
     CLEAR = 2
     """The text is NULL and the vector, or the ledger, does not say so yet."""
+    LATER = 3
+    """To be embedded, but the texts before it fill the batch: it was not read, and is asked for again."""
+
+
+TEXT_BYTES = 16 * 1024 * 1024
+"""Text that one fetch brings, as the server counts it: a single longer one still travels, alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +129,23 @@ def _statement(column: EmbeddingColumn) -> sql.Composed:
     width = len(column.key)
     inputs = [sql.Identifier("k", f"key_{n + 1}") for n in range(width)]
     source = e.source_key(column)
-    # a key without a row joins as a row of NULLs: no text and no vector, which is done
+    # A key without a row joins as a row of NULLs: no text and no vector, which is done.
     return sql.SQL(
-        "SELECT {verdict}, f.fingerprint, CASE WHEN {verdict} = 1 THEN {text} END,"
-        " CASE WHEN {failed} THEN l.attempts ELSE 0 END,"
-        " CASE WHEN k.ordinal = 1 THEN pg_current_snapshot()::text END"
-        " FROM unnest({arrays}) WITH ORDINALITY AS k({names}, ordinal)"
-        " LEFT JOIN {table} t ON {same_source}"
-        " LEFT JOIN {ledger} l ON {same_ledger}"
-        " CROSS JOIN LATERAL (SELECT {fingerprint} AS fingerprint OFFSET 0) f"
-        " ORDER BY k.ordinal"
+        "SELECT CASE WHEN j.verdict = 1 AND j.before > {limit} THEN 3 ELSE j.verdict END, j.fingerprint,"
+        " CASE WHEN j.verdict = 1 AND j.before <= {limit} THEN j.text END, j.failures,"
+        " CASE WHEN j.ordinal = 1 THEN pg_current_snapshot()::text END"
+        " FROM (SELECT s.*, sum(s.size) OVER (ORDER BY s.ordinal) - s.size AS before FROM ("
+        "  SELECT k.ordinal, v.verdict, f.fingerprint, {text} AS text,"
+        "         CASE WHEN v.verdict = 1 THEN octet_length({text}) ELSE 0 END AS size,"
+        "         CASE WHEN {failed} THEN l.attempts ELSE 0 END AS failures"
+        "    FROM unnest({arrays}) WITH ORDINALITY AS k({names}, ordinal)"
+        "    LEFT JOIN {table} t ON {same_source}"
+        "    LEFT JOIN {ledger} l ON {same_ledger}"
+        "   CROSS JOIN LATERAL (SELECT {fingerprint} AS fingerprint OFFSET 0) f"
+        "   CROSS JOIN LATERAL (SELECT {verdict} AS verdict OFFSET 0) v"
+        " ) s) j ORDER BY j.ordinal"
     ).format(
+        limit=sql.Literal(TEXT_BYTES),
         arrays=sql.SQL(", ").join(sql.SQL(f"${n + 1}::text[]") for n in range(width)),
         names=sql.SQL(", ").join(sql.Identifier(f"key_{n + 1}") for n in range(width)),
         text=e.text(column),

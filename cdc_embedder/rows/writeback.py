@@ -184,7 +184,7 @@ def _inputs(
     inputs += [sql.SQL(f"${width + 1}::bytea[]"), sql.SQL(f"${width + 2}::int2[]"), sql.SQL(f"${width + 3}::text[]")]
     input_names = [*names, sql.Identifier("fingerprint"), sql.Identifier("flags"), sql.Identifier("error")]
     if column.target.kind in ("vector", "halfvec"):
-        inputs.append(sql.SQL(f"CAST(${width + 4} AS {column.target.type}[])"))  # type: ignore[arg-type]
+        inputs.append(sql.SQL(f"CAST(${width + 4} AS {column.target.type}[])"))
         input_names.append(sql.Identifier("vector"))
     return inputs, input_names
 
@@ -196,6 +196,6 @@ def _vector(column: EmbeddingColumn, width: int) -> sql.Composable:
         return sql.SQL("CASE WHEN i.flags & 1 <> 0 THEN i.vector END")
     size = column.model.dimensions
     return sql.SQL(
-        f"CASE WHEN i.flags & 1 <> 0 THEN (${width + 4}::{column.target.kind}[])"  # type: ignore[arg-type]
+        f"CASE WHEN i.flags & 1 <> 0 THEN (${width + 4}::{column.target.kind}[])"
         f"[(i.ordinal - 1) * {size} + 1 : i.ordinal * {size}] END"
     )

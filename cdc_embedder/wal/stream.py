@@ -241,12 +241,13 @@ class ReplicationStream:
     async def _send_statuses(self) -> None:
         """Rule 2 above: unasked and often enough for the server's timeout; soon after a confirmation."""
         interval = min(self._timeout_s / 3, 10.0)
+        gap = min(_STATUS_GAP_S, interval / 2)
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(interval):
+                async with asyncio.timeout(interval - gap):
                     await self._confirmed_more.wait()
             self._send_status()
-            await asyncio.sleep(min(_STATUS_GAP_S, interval))
+            await asyncio.sleep(gap)
 
     def _send_status(self, *, reply: bool = False) -> None:
         """Queue a status update and push it out. What the socket does not take now goes with the next one; a dead

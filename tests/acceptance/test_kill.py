@@ -44,7 +44,9 @@ def test_after_kill_9_in_the_middle_every_vector_is_what_the_model_gives_for_the
     try:
         for round, share in enumerate((0.2, 0.5, 0.8)):
             until(lambda share=share: status(bench)[0]["current"] >= share * TEXTS, "too slow", lambda: service.log)
-            admin.execute("UPDATE documents SET body = 'round ' || %s || ': ' || body WHERE id %% 7 = %s", (round, round))
+            admin.execute(
+                "UPDATE documents SET body = 'round ' || %s || ': ' || body WHERE id %% 7 = %s", (round, round)
+            )
             admin.execute("UPDATE documents SET body = NULL WHERE id = %s", (round,))
             service.kill()
             admin.execute("UPDATE documents SET body = 'while dead: ' || body WHERE id %% 11 = %s", (round,))

@@ -123,7 +123,9 @@ def test_a_change_of_another_column_costs_no_model_call_and_a_spoiled_vector_doe
         bench.admin.execute("UPDATE documents SET body = body WHERE id < 5")
         wait_caught_up(bench)
         assert embedded_at(bench) == before
-        bench.admin.execute("UPDATE documents SET embedding = (SELECT embedding FROM documents WHERE id = 1) WHERE id = 2")
+        bench.admin.execute(
+            "UPDATE documents SET embedding = (SELECT embedding FROM documents WHERE id = 1) WHERE id = 2"
+        )
         bench.admin.execute("UPDATE documents SET embedding = NULL WHERE id = 3")
         until(lambda: len(changed := {k for k, v in embedded_at(bench).items() if v != before[k]}) == 2
               and changed == {2, 3}, "the vectors were not mended")  # fmt: skip
@@ -135,7 +137,9 @@ def test_an_unchanged_toasted_text_is_not_taken_for_a_missing_one(bench: Any) ->
     make_model(bench)
     make_documents(bench)
     bench.admin.execute("ALTER TABLE documents ALTER body SET STORAGE EXTERNAL")
-    bench.admin.execute("INSERT INTO documents (body) SELECT repeat('long ' || n || ' ', 2000) FROM generate_series(1, 4) n")
+    bench.admin.execute(
+        "INSERT INTO documents (body) SELECT repeat('long ' || n || ' ', 2000) FROM generate_series(1, 4) n"
+    )
     with running(bench):
         wait_caught_up(bench)
         bench.admin.execute("UPDATE documents SET views = 1")
@@ -183,7 +187,10 @@ def test_rule_2_a_row_that_is_decoded_but_not_visible_is_not_judged(bench: Any) 
                 until(lambda: _waits_for_standby(bench), "the INSERT never waited for its standby")
                 bench.admin.execute("SET synchronous_commit = local")
                 bench.admin.execute("UPDATE documents SET body = 'later, and visible' WHERE id = 1")
-                until(lambda: 1 in _with_text(bench, "later, and visible"), "a later commit was held up by an invisible one")
+                until(
+                    lambda: 1 in _with_text(bench, "later, and visible"),
+                    "a later commit was held up by an invisible one",
+                )
                 assert bench.admin.execute("SELECT count(*) FROM documents WHERE id = 100").fetchone()[0] == 0
                 until(lambda: [row["pending"] for row in status(bench)] == [1], "the key was not kept")
                 bench.admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
@@ -329,7 +336,9 @@ def test_rule_5_a_locked_row_delays_nobody_and_is_written_afterwards(bench: Any)
 def _current_ids(bench: Any) -> set[int]:
     from tests.service import fake_vector
 
-    found = bench.admin.execute("SELECT id, body, embedding::real[] FROM documents WHERE embedding IS NOT NULL").fetchall()
+    found = bench.admin.execute(
+        "SELECT id, body, embedding::real[] FROM documents WHERE embedding IS NOT NULL"
+    ).fetchall()
     return {
         id
         for id, body, stored in found
@@ -458,9 +467,14 @@ def test_names_that_need_quoting_are_quoted_everywhere(bench: Any) -> None:
 def test_a_partitioned_table_is_served_through_its_root(bench: Any) -> None:
     admin = bench.admin
     make_model(bench)
-    admin.execute("CREATE TABLE parts (region int, id int, body text, v real[], PRIMARY KEY (region, id)) PARTITION BY LIST (region)")
+    admin.execute(
+        "CREATE TABLE parts (region int, id int, body text, v real[], PRIMARY KEY (region, id))"
+        " PARTITION BY LIST (region)"
+    )
     admin.execute("CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1)")
-    admin.execute("CREATE TABLE parts_2 (v real[], body text, id int NOT NULL, region int NOT NULL, PRIMARY KEY (region, id))")
+    admin.execute(
+        "CREATE TABLE parts_2 (v real[], body text, id int NOT NULL, region int NOT NULL, PRIMARY KEY (region, id))"
+    )
     admin.execute("ALTER TABLE parts ATTACH PARTITION parts_2 FOR VALUES IN (2)")
     bench.grant("parts", ["region", "id"], ["body"], "v")
     admin.execute("INSERT INTO parts SELECT n % 2 + 1, n, 'text ' || n FROM generate_series(1, 40) n")
@@ -482,7 +496,10 @@ def test_several_source_columns_are_one_text_and_their_nulls_are_left_out(bench:
     make_model(bench)
     admin.execute("CREATE TABLE pages (id int PRIMARY KEY, title text, body varchar(50), v real[])")
     bench.grant("pages", ["id"], ["title", "body"], "v")
-    admin.execute("INSERT INTO pages VALUES (1, 'a|b', 'c'), (2, 'a', 'b|c'), (3, NULL, 'x'), (4, 'y', NULL), (5, NULL, NULL), (6, '', '')")
+    admin.execute(
+        "INSERT INTO pages VALUES (1, 'a|b', 'c'), (2, 'a', 'b|c'), (3, NULL, 'x'), (4, 'y', NULL), (5, NULL, NULL),"
+        " (6, '', '')"
+    )
     admin.execute(
         "INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model, separator)"
         " VALUES ('pages', '{title,body}', 'v', 'fake', '|')"
@@ -492,7 +509,9 @@ def test_several_source_columns_are_one_text_and_their_nulls_are_left_out(bench:
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench, "pages", text, "v") == 6
         before = embedded_at(bench)
-        admin.execute("UPDATE pages SET title = 'a', body = 'b|c' WHERE id = 1")  # the same joined text, another row text
+        admin.execute(
+            "UPDATE pages SET title = 'a', body = 'b|c' WHERE id = 1"
+        )  # the same joined text, another row text
         wait_caught_up(bench)
         assert embedded_at(bench)[1] != before[1]
         assert_every_vector_is_of_its_text(bench, "pages", text, "v")
@@ -659,7 +678,11 @@ def test_a_table_that_loses_its_key_is_taken_out_of_the_publication_at_once(benc
         bench.admin.execute("UPDATE documents SET body = 'the application goes on'")  # fails where still published
         bench.admin.execute("ALTER TABLE documents ADD PRIMARY KEY (id)")
         if bench.plugin == "pgoutput":  # the service's role does not own the table: it says what its owner must run
-            until(lambda: "ADD TABLE" in (status(bench)[0]["reason"] or ""), "the remedy is not named", lambda: status(bench))
+            until(
+                lambda: "ADD TABLE" in (status(bench)[0]["reason"] or ""),
+                "the remedy is not named",
+                lambda: status(bench),
+            )
             bench.admin.execute(f"ALTER PUBLICATION {bench.slot} ADD TABLE documents")
         until(lambda: status(bench)[0]["state"] in ("live", "backfilling"), "never healed", lambda: status(bench))
 

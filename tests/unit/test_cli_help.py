@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from typer.main import get_command
+from typer.main import get_group
 
 from cdc_embedder import __version__
 from cdc_embedder.cli import app
@@ -17,7 +17,7 @@ HEAVY = {"torch", "sentence_transformers", "transformers", "tokenizers", "huggin
 
 LIST_MODULES = "; import sys; print('\\n'.join(sys.modules))"
 
-COMMANDS = sorted(get_command(app).commands)
+COMMANDS = sorted(get_group(app).commands)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ def test_every_command_is_listed_with_what_it_does() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_a_command_says_what_it_is_for(command: str) -> None:
-    parameters = get_command(app).commands[command]
+    parameters = get_group(app).commands[command]
     assert parameters.help
     assert [parameter.name for parameter in parameters.params if not getattr(parameter, "help", None)] == []
 

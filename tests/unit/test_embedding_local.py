@@ -167,10 +167,17 @@ def test_neither_order_nor_company_changes_a_texts_vector(loaded: LocalEmbedder,
         np.testing.assert_allclose(together.vectors[i], loaded.embed([text], DOCUMENT).vectors[0], atol=1e-5)
 
 
-def test_a_text_of_fifty_megabytes_is_cut_without_being_tokenized_to_its_end(loaded: LocalEmbedder) -> None:
-    got = loaded.embed(["cat " * 12_500_000, "dog"], DOCUMENT)
+def test_beyond_a_million_characters_a_text_is_cut_before_it_is_tokenized_and_says_so(loaded: LocalEmbedder) -> None:
+    got = loaded.embed([" " * 1_000_000 + "cat", "dog"], DOCUMENT)
     assert got.truncated.tolist() == [True, False]
-    np.testing.assert_allclose(got.vectors[0], loaded.embed(["cat " * 31], DOCUMENT).vectors[0], atol=1e-5)
+    np.testing.assert_allclose(got.vectors[0], loaded.embed([""], DOCUMENT).vectors[0], atol=1e-5)
+
+
+def test_neither_the_padding_nor_the_limit_in_minilms_tokenizer_file_is_believed() -> None:
+    embedder = LocalEmbedder(MINILM, "cpu")
+    got = embedder.embed(["cat " * 254, "cat " * 255, "cat"], DOCUMENT)
+    assert got.truncated.tolist() == [False, True, False], "its file says 128 for both, the model's own limit is 256"
+    assert got.tokens == 256 + 256 + 3
 
 
 def test_a_text_that_looks_like_a_file_is_a_text(loaded: LocalEmbedder, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from typer.main import get_command
+from typer.main import get_group
 
 from cdc_embedder.cli import app
 from cdc_embedder.errors import Misconfigured
@@ -90,7 +91,7 @@ def test_one_load_leaves_nothing_for_the_next(file: Path) -> None:
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
-def test_a_mistake_is_named_in_a_sentence(flags: dict[str, object], named: str) -> None:
+def test_a_mistake_is_named_in_a_sentence(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(Misconfigured, match=f"settings: {named}: "):
         load(**flags)
 
@@ -124,7 +125,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("field", ["dsn", "replication_dsn"])
 def test_a_password_never_prints(field: str, caplog: pytest.LogCaptureFixture) -> None:
-    settings = load(**{field: DSN})
+    settings = load(None, **{field: DSN})
     with caplog.at_level(logging.INFO):
         logging.getLogger("cdc_embedder").info("settings %s %r %s", settings, settings, settings.model_dump())
     for shown in (str(settings), repr(settings), settings.model_dump_json(), f"{settings.model_dump()}", caplog.text):
@@ -134,7 +135,7 @@ def test_a_password_never_prints(field: str, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("bad", [{"slot": DSN}, {"output_plugin": DSN}, {"max_pending_keys": DSN}, {"log_level": DSN}])
-def test_a_password_in_the_wrong_place_does_not_print_either(bad: dict[str, object]) -> None:
+def test_a_password_in_the_wrong_place_does_not_print_either(bad: dict[str, Any]) -> None:
     with pytest.raises(Misconfigured) as refused:
         load(dsn=DSN, **bad)
     assert PASSWORD not in refused.value.sentence
@@ -145,7 +146,7 @@ def test_a_password_in_the_wrong_place_does_not_print_either(bad: dict[str, obje
 @pytest.mark.parametrize(
     ("field", "given"), [("dsn", 5), ("dsn", ["a", DSN]), ("replication_dsn", {"password": PASSWORD})]
 )
-def test_a_dsn_of_the_wrong_type_is_refused_without_being_shown(field: str, given: object) -> None:
+def test_a_dsn_of_the_wrong_type_is_refused_without_being_shown(field: str, given: Any) -> None:
     with pytest.raises(Misconfigured, match=f"settings: {field}") as refused:
         load(**{field: given})
     assert PASSWORD not in refused.value.sentence
@@ -164,6 +165,6 @@ def test_no_list_of_urls_allows_any_and_an_empty_one_none() -> None:
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
 def test_every_setting_is_a_flag_of_run_and_says_what_it_is_for(name: str) -> None:
-    flags = {option for parameter in get_command(app).commands["run"].params for option in parameter.opts}
+    flags = {option for parameter in get_group(app).commands["run"].params for option in parameter.opts}
     assert "--" + name.replace("_", "-") in flags
     assert Settings.model_fields[name].description
