@@ -93,13 +93,16 @@ def run(
     flags = {name: value for name, value in locals().items() if name != "config"}
     settings = _settings(config, **flags)
     from cdc_embedder import logs
-    from cdc_embedder.running import run_until_signalled
+    from cdc_embedder.running import frames_of, run_until_signalled
 
     logs.set_up(settings.log_format, settings.log_level)
     try:
         run_until_signalled(settings)
     except Problem as problem:
         logging.getLogger("cdc_embedder").error("%s", problem.sentence)
+        sys.exit(1)
+    except Exception as error:
+        logging.getLogger("cdc_embedder").critical("a bug, please report it: %s", frames_of(error))
         sys.exit(1)
 
 

@@ -152,6 +152,9 @@ class Configuration:
         if lane.fault and (lane.fault_until > self._now() and before == column):
             return
         lane.fault = ""
+        if column.renamed:
+            log.info("%s.%s is called %s.%s now", *column.stored_name, column.schema, column.table)
+            await requests.follow(self._connection, column.id)
         if not column.enabled:
             await self._stop_serving(lane)
             return

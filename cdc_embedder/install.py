@@ -19,6 +19,7 @@ from cdc_embedder.errors import Misconfigured
 from cdc_embedder.installable import Connection, advice, check_publications, check_server, check_slot, scalar
 
 REAPPLIED = (
+    "functions/catalog.sql",
     "functions/validation.sql",
     "functions/publication.sql",
     "functions/columns.sql",

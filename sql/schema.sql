@@ -16,6 +16,7 @@ SELECT to_regclass('cdc_embedder.migration') IS NULL AS fresh \gset
     \ir migrations/001_tables.sql
 \endif
 
+\ir functions/catalog.sql
 \ir functions/validation.sql
 \ir functions/publication.sql
 \ir functions/columns.sql

@@ -88,6 +88,13 @@ async def remake_ledger(connection: Connection, column: int) -> bool:
     return bool(row and row[0])
 
 
+async def follow(connection: Connection, column: int) -> None:
+    """Have the configuration table note the table's present name and columns. Raises psycopg.Error where it refuses."""
+    await connection.execute(
+        "UPDATE cdc_embedder.embedding_column SET source_table = source_table WHERE id = $1", (column,)
+    )
+
+
 async def publish(connection: Connection, slot: str, schema: str, table: str) -> str | None:
     """Add a table to the publication; None, or the statement that somebody with the right must run."""
     statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(sql.Identifier(slot), sql.Identifier(schema, table))

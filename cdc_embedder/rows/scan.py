@@ -82,12 +82,11 @@ def _page(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
     f = sql.SQL("f.fingerprint")
     return sql.SQL(
         "WITH page AS MATERIALIZED ("
-        " SELECT {key_text} AS key, row_number() OVER () AS position, {verdict} AS verdict, {is_null} AS is_null,"
+        " SELECT {key_text} AS key, row_number() OVER (ORDER BY {order}) AS position, {verdict} AS verdict, {is_null} AS is_null,"
         "        {current} AS current, {failed} AS failed, l.state = 'truncated' AS truncated"
         "   FROM (SELECT {columns} FROM {table} t{after} ORDER BY {order} LIMIT {limit}) t"
         "   LEFT JOIN {ledger} l ON {same}"
-        "   CROSS JOIN LATERAL (SELECT {fingerprint} AS fingerprint OFFSET 0) f"
-        "  ORDER BY {order})"
+        "   CROSS JOIN LATERAL (SELECT {fingerprint} AS fingerprint OFFSET 0) f)"
         " SELECT count(*), count(*) FILTER (WHERE is_null), count(*) FILTER (WHERE current AND NOT is_null),"
         "        count(*) FILTER (WHERE failed AND NOT is_null),"
         "        count(*) FILTER (WHERE current AND truncated AND NOT is_null),"
@@ -115,9 +114,9 @@ def _sweep(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
     ledger = [e.ledger_key(n) for n in range(len(column.key))]
     return sql.SQL(
         "WITH page AS MATERIALIZED ("
-        " SELECT {ledger}, ARRAY[{texts}] AS key, row_number() OVER () AS position,"
+        " SELECT {ledger}, ARRAY[{texts}] AS key, row_number() OVER (ORDER BY {order}) AS position,"
         "        EXISTS (SELECT FROM {table} t WHERE {same}) AS present"
-        "   FROM (SELECT * FROM {name} l{after} ORDER BY {order} LIMIT {limit}) l ORDER BY {order}"
+        "   FROM (SELECT * FROM {name} l{after} ORDER BY {order} LIMIT {limit}) l"
         "), removed AS ("
         " DELETE FROM {name} l USING page p WHERE NOT p.present AND {is_page} RETURNING 1)"
         " SELECT count(*), (SELECT to_jsonb(key) FROM page ORDER BY position DESC LIMIT 1),"

@@ -49,7 +49,7 @@ def test_a_setting_that_decides_the_vector_makes_a_new_generation(admin: Connect
         """UPDATE cdc_embedder.model SET options = '{"base_url": "http://b/v1", "timeout_s": 9}'""",
         "UPDATE cdc_embedder.embedding_column SET priority = 5",
         "UPDATE cdc_embedder.embedding_column SET enabled = false",
-        "UPDATE cdc_embedder.embedding_column SET on_existing = 'adopt'",
+        "UPDATE cdc_embedder.embedding_column SET on_existing = 'replace'",
         "UPDATE cdc_embedder.embedding_column SET slot = 'another'",
         "ALTER TABLE documents RENAME body TO content; UPDATE cdc_embedder.embedding_column SET separator = separator",
     ],

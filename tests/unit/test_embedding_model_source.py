@@ -118,5 +118,8 @@ def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_row_that_is_wrong() -
     unreachable.__cause__ = ConnectionRefusedError("refused")
     with pytest.raises(EmbedderDown, match="hub cannot be reached"), model_source.translated(spec_of("x"), source):
         raise unreachable
+    offline = model_source.Source("someone/model", None, offline=True)
+    with pytest.raises(ModelFault), model_source.translated(spec_of("x"), offline):
+        raise unreachable
     with pytest.raises(ModelFault), model_source.translated(spec_of("x"), source):
         raise ValueError("Unrecognized model")
