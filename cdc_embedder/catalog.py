@@ -76,7 +76,8 @@ class EmbeddingColumn:
 _COLUMNS = """
 SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_name,
        to_regclass(format('%I.%I', c.source_schema, c.source_name))::oid::int8 AS named_oid,
-       c.source_table::text AS shown, n.nspname AS schema, t.relname AS table, t.relkind, t.relpersistence, t.relreplident, t.relhasrules,
+       c.source_table::text AS shown, n.nspname AS schema, t.relname AS table,
+       t.relkind, t.relpersistence, t.relreplident, t.relhasrules,
        c.separator, c.generation, c.enabled, c.on_existing, c.priority, to_jsonb(m) AS model,
        (SELECT jsonb_agg(jsonb_build_object(
                    'name', a.attname, 'text', b.typname IN ('text','varchar','bpchar','citext')) ORDER BY s.position)
@@ -85,7 +86,8 @@ SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_n
           JOIN pg_type b ON b.oid = cdc_embedder._base_type(a.atttypid)) AS sources,
        cardinality(c.source_attnums) AS source_count,
        (SELECT jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
-                                  'oid', a.atttypid::int8, 'kind', y.typname, 'element', e.typname, 'typmod', a.atttypmod)
+                                  'oid', a.atttypid::int8, 'typmod', a.atttypmod, 'kind', y.typname,
+                                  'element', e.typname)
           FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
           LEFT JOIN pg_type e ON e.oid = y.typelem AND y.typlen = -1
          WHERE a.attrelid = t.oid AND a.attnum = c.target_attnum AND NOT a.attisdropped) AS target,

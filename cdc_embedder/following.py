@@ -158,7 +158,9 @@ class Configuration:
         if not column.enabled:
             await self._stop_serving(lane)
             return
-        if not lane.served or before.key != column.key:
+        if lane.served and before.key != column.key:
+            await self._stop_serving(lane)  # the keys that wait are of another shape, or were told by other names
+        if not lane.served:
             await self._start_serving(lane, request)
         elif (before.schema, before.table) != (column.schema, column.table) and self._plugin == "wal2json":
             await self.missed(lane, f"the table was renamed from {before.schema}.{before.table}")

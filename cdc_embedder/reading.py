@@ -36,6 +36,7 @@ class Reading:
         self._streamed: Tables | None = None
         self._again = asyncio.Event()
         self._changes = 0
+        self._echoes = 0
         self._router: Router | None = None
 
     def attach(self, configuration: Configuration, pipeline: Pipeline) -> None:
@@ -52,6 +53,11 @@ class Reading:
         if self._taken.plugin == "pgoutput":
             return column.published
         return True if column.relations <= self._streamed else None
+
+    @property
+    def echoes(self) -> int:
+        """Changes of our own that were passed over by their replication origin."""
+        return self._echoes + (self._router.echoes if self._router is not None else 0)
 
     def changed(self) -> None:
         """The configuration was looked at: route by it, and start again where other tables are to be delivered."""
@@ -85,6 +91,7 @@ class Reading:
             if not reader.cancelled():
                 reader.result()  # a stream never ends by itself: this raises why it did
             self._changes += router.changes
+            self._echoes += router.echoes
             self._router = None
             await self.close()
 

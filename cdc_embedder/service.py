@@ -164,7 +164,11 @@ class Service:
                 task.cancel()
         await reading.close()
         await reporter.once()
-        log.info("stopped, confirmed through %s", configuration.watermark.flushed)
+        log.info(
+            "stopped, confirmed through %s; %d changes of our own were passed over",
+            configuration.watermark.flushed,
+            reading.echoes,
+        )
 
     async def _connect(self, stack: AsyncExitStack, purpose: str, **settings: str) -> Connection:
         connection = await connect(self._dsn, purpose, **settings)

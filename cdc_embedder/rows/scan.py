@@ -82,7 +82,8 @@ def _page(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
     f = sql.SQL("f.fingerprint")
     return sql.SQL(
         "WITH page AS MATERIALIZED ("
-        " SELECT {key_text} AS key, row_number() OVER (ORDER BY {order}) AS position, {verdict} AS verdict, {is_null} AS is_null,"
+        " SELECT {key_text} AS key, row_number() OVER (ORDER BY {order}) AS position,"
+        "        {verdict} AS verdict, {is_null} AS is_null,"
         "        {current} AS current, {failed} AS failed, l.state = 'truncated' AS truncated"
         "   FROM (SELECT {columns} FROM {table} t{after} ORDER BY {order} LIMIT {limit}) t"
         "   LEFT JOIN {ledger} l ON {same}"

@@ -719,3 +719,123 @@ def test_what_cannot_work_ends_with_one_sentence_and_status_1(bench: Any) -> Non
             assert len(service.log.strip().splitlines()) == 1
         finally:
             service.end()
+
+
+def test_a_renamed_table_and_its_renamed_columns_are_followed(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 10)
+    with running(bench) as service:
+        wait_caught_up(bench)
+        bench.admin.execute("ALTER TABLE documents RENAME body TO content")
+        bench.admin.execute("ALTER TABLE documents RENAME embedding TO v")
+        bench.admin.execute("ALTER TABLE documents RENAME id TO number")
+        bench.admin.execute("ALTER TABLE documents RENAME TO papers")
+        bench.admin.execute("UPDATE papers SET content = 'after the rename' WHERE number <= 3")
+        until(lambda: "is called public.papers now" in service.log, "the rename was never noticed")
+        bench.admin.execute("INSERT INTO papers (content) VALUES ('by its new name')")
+        until(lambda: status(bench)[0]["state"] == "live", "never live again", lambda: (status(bench), service.log))
+        wait_caught_up(bench)
+        assert assert_every_vector_is_of_its_text(bench, "papers", "content", "v") == 11
+
+
+def test_another_table_under_the_configured_name_is_an_error_and_never_taken_for_the_first(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 5)
+    with running(bench):
+        wait_caught_up(bench)
+        with bench.admin.transaction():
+            bench.admin.execute("ALTER TABLE documents RENAME TO documents_old")
+            bench.admin.execute("CREATE TABLE documents (LIKE documents_old INCLUDING ALL)")
+            bench.admin.execute("INSERT INTO documents (id, body) OVERRIDING SYSTEM VALUE VALUES (1, 'another table')")
+        until(lambda: status(bench)[0]["state"] == "error", "the swap was never noticed", lambda: status(bench))
+        assert "resume" in status(bench)[0]["reason"]
+        assert bench.admin.execute("SELECT embedding FROM documents").fetchone() == (None,)
+        bench.grant("documents", ["id"], ["body"], "embedding")
+        bench.admin.execute("SELECT cdc_embedder.resume('documents')")
+        until(lambda: status(bench)[0]["state"] == "live", "never live again", lambda: status(bench))
+        wait_caught_up(bench)
+        assert assert_every_vector_is_of_its_text(bench) == 1
+
+
+def test_our_own_changes_are_passed_over_where_the_role_may_mark_them(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 40)
+    bench.admin.execute(
+        "GRANT EXECUTE ON FUNCTION pg_replication_origin_create(text), pg_replication_origin_oid(text),"
+        " pg_replication_origin_session_setup(text) TO cdc_service"
+    )
+    with running(bench) as service:
+        wait_caught_up(bench)
+        bench.admin.execute("UPDATE documents SET body = 'changed'")
+        wait_caught_up(bench)
+        assert_every_vector_is_of_its_text(bench)
+        assert service.stop() == 0
+        # wal2json filters on the server; pgoutput sends them with their origin
+        passed_over = 0 if bench.plugin == "wal2json" else 80
+        assert f"{passed_over} changes of our own were passed over" in service.log
+    received = bench.admin.execute("SELECT count(*) FROM pg_replication_origin WHERE roname = %s", (bench.slot + "_1",))
+    assert received.fetchone() == (1,)
+
+
+def test_a_row_level_security_policy_is_an_error_and_never_silently_fewer_rows(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 10)
+    bench.admin.execute("ALTER TABLE documents ENABLE ROW LEVEL SECURITY")
+    bench.admin.execute("CREATE POLICY half ON documents USING (id <= 5)")
+    with running(bench):
+        until(lambda: status(bench)[0]["state"] == "error", "the policy was never noticed", lambda: status(bench))
+        assert "row-level security" in status(bench)[0]["reason"]
+        bench.admin.execute("ALTER ROLE cdc_service BYPASSRLS")
+        try:
+            until(lambda: status(bench)[0]["state"] == "live", "never healed", lambda: status(bench))
+            wait_caught_up(bench)
+            assert assert_every_vector_is_of_its_text(bench) == 10
+        finally:
+            bench.admin.execute("ALTER ROLE cdc_service NOBYPASSRLS")
+
+
+def test_each_of_our_sessions_may_be_terminated_and_the_service_goes_on(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 10)
+    with running(bench) as service:
+        wait_caught_up(bench)
+        names = bench.admin.execute(
+            "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name LIKE 'cdc-embedder %' ORDER BY 1"
+        ).fetchall()
+        assert len(names) == 9
+        for n, (name,) in enumerate(names):
+            until(lambda name=name: _terminated(bench, name), f"{name} was never there again", lambda: service.log)
+            bench.admin.execute("INSERT INTO documents (body) VALUES (%s)", (f"after {name} {n}",))
+            wait_caught_up(bench)
+        assert assert_every_vector_is_of_its_text(bench) == 10 + len(names)
+        assert service.exit_status is None
+
+
+def _terminated(bench: Any, name: str) -> bool:
+    found = bench.admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = %s",
+        (name,),
+    )
+    return found.fetchone() is not None
+
+
+def test_a_stopped_process_loses_the_slot_and_takes_up_its_work_when_it_goes_on(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 5)
+    with running(bench, CDC_EMBEDDER_WAL_SENDER_TIMEOUT_S="2") as service:
+        wait_caught_up(bench)
+        service.signal(signal.SIGSTOP)
+        until(
+            lambda: (
+                not bench.admin.execute(
+                    "SELECT active FROM pg_replication_slots WHERE slot_name = %s", (bench.slot,)
+                ).fetchone()[0]
+            ),
+            "the slot was never let go",
+        )
+        bench.admin.execute("UPDATE documents SET body = 'while it stood still'")
+        service.signal(signal.SIGCONT)
+        wait_caught_up(bench)
+        assert assert_every_vector_is_of_its_text(bench) == 5

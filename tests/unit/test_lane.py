@@ -139,7 +139,7 @@ SIZES = st.builds(
 
 
 @settings(deadline=None)
-@given(SIZES, st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 100)), max_size=30))
+@given(SIZES, st.lists(st.tuples(st.integers(0, 2000), st.one_of(st.floats(0, 0.2), st.floats(0, 100))), max_size=30))
 def test_a_size_stays_within_its_bounds_and_grows_only_by_full_quick_steps(
     size: Size, steps: list[tuple[int, float]]
 ) -> None:
@@ -161,6 +161,14 @@ def test_a_size_follows_what_a_step_took(rows: int, elapsed: float, after: int) 
     size = Size(100, 1, 1000, 0.25)
     size.took(rows, elapsed)
     assert size.rows == after
+
+
+def test_a_size_ends_at_its_bounds() -> None:
+    size = Size(100, 16, 150, 0.25)
+    size.took(150, 0.0)
+    assert size.rows == 150
+    size.took(150, 60.0)
+    assert size.rows == 16
 
 
 def test_whatever_a_row_takes_the_size_settles_so_that_a_step_takes_its_time() -> None:
