@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)} {record.levelname.lower():<7} {record.getMessage()}"
+        line = f"{_time(record)} {record.levelname.lower():<7} {_one_line(record.getMessage())}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -38,6 +38,10 @@ def set_up(form: str, level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("cdc_embedder").setLevel(level.upper())
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.splitlines())
 
 
 def _time(record: logging.LogRecord) -> str:

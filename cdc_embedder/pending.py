@@ -44,7 +44,10 @@ class Reason:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A key that waits, is delayed or is in flight. `dirty` is what came while it was in flight."""
+    """A key that waits, is delayed or is in flight. `dirty` is what came while it was in flight.
+
+    `wished`: a scan met the key while it was on a more urgent list; until it is judged the scan is not over.
+    """
 
     key: Key
     work: Work
@@ -52,6 +55,7 @@ class Entry:
     in_flight: bool = False
     delayed: bool = False
     dirty: Reason | None = None
+    wished: bool = False
     tries: int = 0
 
 
@@ -64,6 +68,7 @@ class Pending:
         self._queues: tuple[deque[Entry], ...] = (deque(), deque(), deque())
         self._waiting = [0, 0, 0]
         self._unfinished = [0, 0, 0]
+        self._wishes = 0
         self._delayed: list[tuple[float, int, Entry]] = []
         self._delays = 0
 
@@ -75,8 +80,8 @@ class Pending:
         return self._waiting[work]
 
     def unfinished(self, work: Work) -> int:
-        """How many keys of this class wait, are delayed or are in flight."""
-        return self._unfinished[work]
+        """How many keys of this class wait, are delayed or are in flight; for scans, those they wished for too."""
+        return self._unfinished[work] + (self._wishes if work is Work.SCAN else 0)
 
     @property
     def oldest(self) -> float | None:
@@ -106,7 +111,11 @@ class Pending:
         entry = self._entries.get(key)
         if entry is None:
             self._add(key, work, now)
-        elif entry.in_flight and entry.dirty is None:
+            return
+        if work is Work.SCAN and entry.work is not Work.SCAN and not entry.wished:
+            entry.wished = True
+            self._wishes += 1
+        if entry.in_flight and entry.dirty is None:
             entry.dirty = Reason(now)
 
     def take(self, work: Work, limit: int, now: float) -> list[Entry]:
@@ -134,6 +143,7 @@ class Pending:
             del self._entries[entry.key]
             if entry.dirty is None:
                 self._unfinished[entry.work] -= 1
+                self._wishes -= entry.wished
             else:
                 entry.reason, entry.dirty = entry.dirty, None
                 self._entries[entry.key] = entry
@@ -176,6 +186,7 @@ class Pending:
             queue.clear()
         self._waiting = [0, 0, 0]
         self._unfinished = [0, 0, 0]
+        self._wishes = 0
 
     def rebase(self, watermark: Watermark) -> None:
         """The stream starts again from what was confirmed, so that every commit held here arrives once more.

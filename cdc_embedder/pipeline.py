@@ -47,6 +47,9 @@ RETRY_SECONDS = 2.0
 RETRY_POLL_SECONDS = 5.0
 """How often the ledgers are asked for failed rows whose time has come."""
 
+HALF_LARGEST = 65504.0
+"""The greatest number that halfvec's elements can hold; only vectors that are not normalized come near it."""
+
 
 @dataclass(eq=False, slots=True)
 class Batch:
@@ -261,6 +264,9 @@ class Pipeline:
                 return False
             vectors[where] = outcome.vectors
             errors |= {where[index]: sentence for index, sentence in outcome.errors.items()}
+            if column.target is not None and column.target.kind == "halfvec":
+                beyond = np.abs(outcome.vectors).max(axis=1, initial=0) > HALF_LARGEST
+                errors |= {where[index]: "the vector does not fit into a halfvec" for index in np.flatnonzero(beyond)}
             truncated = {where[index] for index in np.flatnonzero(outcome.truncated)}
         elapsed = now() - started
         self._scheduler.account(batch.chosen, elapsed + 1e-6 * len(batch.rows))

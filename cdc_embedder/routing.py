@@ -63,6 +63,8 @@ class Router:
                     else:
                         self._change(message, now)
                 case Begin():
+                    if self._position is not None:
+                        raise ProtocolError("a transaction arrived inside another one")
                     self._position = self._watermark.begin()
                     self._xid, self._echo = message.xid, False
                 case Commit():

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
+WORKED_SECONDS = 2.0
+"""A session that lasted longer had found its server: trouble after that is new trouble."""
 
 
 class Service:
@@ -81,7 +83,7 @@ class Service:
                     log.error("%s", problem.sentence)
                     self._refused.add("wal2json")
                 except Temporary as problem:
-                    failures = 1 if time.monotonic() - began > LONGEST_BACKOFF_SECONDS else failures + 1
+                    failures = 1 if time.monotonic() - began > WORKED_SECONDS else failures + 1
                     rest = min(LONGEST_BACKOFF_SECONDS, 0.25 * 2**failures) * random.uniform(0.5, 1.0)
                     log.warning("%s; trying again in %.1f s", problem.sentence, rest)
                     await self._rest(rest)

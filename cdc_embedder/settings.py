@@ -92,7 +92,7 @@ def load(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
         raise Misconfigured("settings: " + "; ".join(lines)) from None
-    except ValueError as error:  # the file is not TOML
+    except (ValueError, OSError) as error:  # the file is not TOML, or not readable
         raise Misconfigured(f"the configuration file {config} cannot be read: {error}") from error
 
 

@@ -9,12 +9,16 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from cdc_embedder.embedded import Server
 from cdc_embedder.errors import Misconfigured
 from tests import servers
 from tests.servers import Bench
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def _server(bindir: Callable[[], Path]) -> Iterator[Server]:

@@ -1,4 +1,4 @@
-"""The three statements on a user's table, one by one: fetch, write-back, scan. Each rule they keep is broken from outside."""
+"""The three statements on a user's table, one by one; each rule they keep is broken from outside."""
 
 from __future__ import annotations
 

@@ -76,8 +76,11 @@ def test_a_scan_that_meets_a_waiting_change_erases_neither_its_xid_nor_its_class
 ) -> None:
     changed(pending, watermark, "a", 7, 10)
     pending.want(("a",), Work.SCAN, 1.0)
-    assert (pending.unfinished(Work.SCAN), pending.take(Work.SCAN, 1, 1.0)) == (0, [])
-    assert [entry.reason.xid for entry in pending.take(Work.LIVE, 1, 1.0)] == [7]
+    assert (pending.unfinished(Work.SCAN), pending.take(Work.SCAN, 1, 1.0)) == (1, [])
+    taken = pending.take(Work.LIVE, 1, 1.0)
+    assert [entry.reason.xid for entry in taken] == [7]
+    pending.finish(taken)
+    assert pending.unfinished(Work.SCAN) == 0, "the scan waits for a key that was judged"
 
 
 def test_a_live_change_lifts_a_key_out_of_the_scan_once(pending: Pending, watermark: Watermark) -> None:

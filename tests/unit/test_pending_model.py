@@ -46,6 +46,7 @@ class Asked:
     queued: int
     requests: list[Request] = field(default_factory=list)
     in_flight: bool = False
+    wished: bool = False
     until: tuple[float, int] | None = None
     tries: int = 0
 
@@ -129,6 +130,8 @@ class Waiting(RuleBasedStateMachine):
         one = self.asked[column].get(key)
         if one is None:
             one = self.asked[column][key] = Asked(work, self.number())
+        elif work is Work.SCAN and one.work is not Work.SCAN:
+            one.wished = True
         one.requests.append(Request(self.now))
 
     @rule(target=taken, column=COLUMNS, work=WORK, limit=st.integers(1, 3))
@@ -210,7 +213,8 @@ class Waiting(RuleBasedStateMachine):
             assert len(column) == len(asked)
             for work in Work:
                 mine = [one for one in asked.values() if one.work is work]
-                assert column.unfinished(work) == len(mine)
+                wishes = sum(one.wished for one in asked.values()) if work is Work.SCAN else 0
+                assert column.unfinished(work) == len(mine) + wishes
                 assert column.waiting(work) == sum(one.waits for one in mine)
 
     @invariant()

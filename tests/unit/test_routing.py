@@ -151,7 +151,7 @@ def test_our_origin_ends_with_its_transaction() -> None:
 def test_another_origin_inside_the_transaction_ends_ours() -> None:
     stream = Stream(own=(3,))
     stream.transaction(Origin(id=3), insert("1"), Origin(id=4), insert("2"))
-    assert stream.keys == [("2",)]
+    assert (stream.keys, stream.router.echoes, stream.router.changes) == ([("2",)], 1, 1)
 
 
 def test_without_origins_of_our_own_our_writes_are_heard() -> None:
