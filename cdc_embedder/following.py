@@ -7,6 +7,7 @@ column stops being served only after a scan of it was requested durably; it is s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -68,10 +69,9 @@ class Configuration:
     async def run(self) -> None:
         """For ever: look again when woken, or after a while. Raises psycopg.Error as it comes."""
         while True:
-            try:
-                await asyncio.wait_for(self.wake.wait(), POLL_SECONDS)
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self.wake.wait()
             self.wake.clear()
             await self.reload()
 

@@ -10,6 +10,7 @@ status updates go on. What comes back without a decision waits again, its commit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -189,10 +190,9 @@ class Pipeline:
             lane.down_until for lane in self.lanes if lane.down_until > present
         ]
         due = min((time for time in times if time is not None), default=present + 1.0)
-        try:
-            await asyncio.wait_for(self._work.wait(), max(0.001, due - present))
-        except TimeoutError:
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.001, due - present)):  # wait_for of 3.11 can swallow a cancellation
+                await self._work.wait()
 
     async def _judge(self, lane: Lane, chosen: Candidate) -> Batch | None:
         column, pending = lane.column, lane.pending

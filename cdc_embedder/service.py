@@ -8,6 +8,7 @@ store of position. Models stay loaded from one to the next.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -92,10 +93,9 @@ class Service:
             self._embedders.close()
 
     async def _rest(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._stop.wait(), seconds)
-        except TimeoutError:
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
 
     async def _session(self) -> None:
         """One connection's worth of work, until `stop` or trouble. Raises Problem; anything else is a bug of ours."""
