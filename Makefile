@@ -3,11 +3,13 @@
 # TORCH_INDEX   where torch comes from, if not from pip's own index. On a machine without a GPU:
 #               make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # ARGS          for demo: a question, --keep, --rows N; for test: pytest's arguments
+# WORKERS       how many tests run side by side; each has servers of its own, and mostly waits
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 3
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -23,7 +25,7 @@ demo: $(VENV)/.demo ## an embedded PostgreSQL, the standard library's docstrings
 	@$(BIN)/cdc-embedder demo $(ARGS)
 
 test: $(VENV)/.test servers ## every test; what this machine lacks is named at the end
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/.test ## formatting, lint, types, and which module may import what
 	$(BIN)/ruff format --check .

@@ -375,7 +375,8 @@ async def test_the_role_needs_no_more_than_the_columns_it_was_granted(bench: Ben
     documents(bench, "one")
     bench.admin.execute("ALTER TABLE documents ADD secret text DEFAULT 'secret'")
     allowed = bench.admin.execute(
-        "SELECT has_column_privilege(%s, 'documents', 'secret', 'SELECT'), has_table_privilege(%s, 'documents', 'SELECT')",
+        "SELECT has_column_privilege(%s, 'documents', 'secret', 'SELECT'),"
+        " has_table_privilege(%s, 'documents', 'SELECT')",
         (SERVICE_ROLE, SERVICE_ROLE),
     ).fetchone()
     assert allowed == (False, False)
