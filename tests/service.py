@@ -78,6 +78,12 @@ class Service:
         self.signal(signal.SIGKILL)
         self.wait()
 
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()

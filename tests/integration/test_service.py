@@ -10,7 +10,6 @@ import psycopg
 import pytest
 
 from tests.service import (
-    Service,
     assert_every_vector_is_of_its_text,
     confirmed,
     running,
@@ -703,22 +702,6 @@ def test_pgvector_columns_hold_the_vectors(bench18: Any, kind: str) -> None:
         bench.admin.execute("UPDATE docs SET body = NULL WHERE id = 1")
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench, "docs", "body", "v") == 50
-
-
-def test_what_cannot_work_ends_with_one_sentence_and_status_1(bench: Any) -> None:
-    cases = {
-        "not installed": (bench.server.dsn("postgres"), "cdc-embedder init"),
-        "no such role": (bench.dsn_service.replace("cdc_service", "nobody_at_all"), "role"),
-    }
-    for dsn, remedy in cases.values():
-        service = Service(bench, CDC_EMBEDDER_DSN=dsn).start()
-        try:
-            assert service.wait() == 1
-            assert remedy in service.log
-            assert "Traceback" not in service.log
-            assert len(service.log.strip().splitlines()) == 1
-        finally:
-            service.end()
 
 
 def test_a_renamed_table_and_its_renamed_columns_are_followed(bench: Any) -> None:
