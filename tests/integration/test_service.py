@@ -716,7 +716,7 @@ def test_a_renamed_table_and_its_renamed_columns_are_followed(bench: Any) -> Non
         bench.admin.execute("UPDATE papers SET content = 'after the rename' WHERE number <= 3")
         until(lambda: "is called public.papers now" in service.log, "the rename was never noticed")
         bench.admin.execute("INSERT INTO papers (content) VALUES ('by its new name')")
-        until(lambda: status(bench)[0]["state"] == "live", "never live again", lambda: (status(bench), service.log))
+        service.wait_for_log("scan of public.papers.v complete")
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench, "papers", "content", "v") == 11
 
