@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,10 +57,15 @@ class Demo:
         until(lambda: re.search(r"as process \d+\n", self.output), "no whole line", lambda: self.output)
         return int(re.findall(r"as process (\d+)\n", self.output)[0])
 
-    def left_behind(self) -> list[str]:
-        """Files of ours (torch has caches of its own), and the service."""
-        files = [path.name for path in self.folder.iterdir() if path.name.startswith("cdc-embedder")]
-        return files + [f"process {pid}" for pid in [self.service_pid()] if _alive(pid)]
+    def service_and_port(self) -> tuple[int, int]:
+        """The service's process and the server's port (fourth line of its pid file), while both run."""
+        service = self.service_pid()
+        [file] = self.folder.glob("cdc-embedder-demo-*/server/data/postmaster.pid")
+        return service, int(file.read_text().splitlines()[3])
+
+    def files(self) -> list[str]:
+        """Those of ours: torch has caches of its own."""
+        return [path.name for path in self.folder.iterdir() if path.name.startswith("cdc-embedder")]
 
 
 @pytest.fixture
@@ -94,19 +100,25 @@ def test_the_demo_embeds_follows_changes_searches_and_can_be_tried_in_psql(folde
     assert len(scores) == 8
     assert scores == sorted(scores, reverse=True)
     _try_what_it_proposes(output)
+    service, port = demo.service_and_port()
     demo.process.send_signal(signal.SIGTERM)
     assert demo.wait() == 0
-    assert demo.left_behind() == []
+    assert not _runs(service)
+    assert not _listens(port)
+    assert demo.files() == []
 
 
 def test_a_demo_whose_service_is_killed_says_so_and_leaves_nothing_behind(folder: Path, demos: list[Demo]) -> None:
     demo = Demo(folder, "--rows", "100")
     demos.append(demo)
-    os.kill(demo.service_pid(), signal.SIGKILL)
+    service, port = demo.service_and_port()
+    os.kill(service, signal.SIGKILL)
     assert demo.wait() == 1
     assert "the service left with status -9" in demo.output
     assert "Traceback" not in demo.output
-    assert demo.left_behind() == []
+    assert not _runs(service)
+    assert not _listens(port)
+    assert demo.files() == []
 
 
 def _try_what_it_proposes(output: str) -> None:
@@ -123,9 +135,14 @@ def _try_what_it_proposes(output: str) -> None:
         assert len(connection.execute(neighbours).fetchall()) == 5
 
 
-def _alive(pid: int) -> bool:
+def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     return True
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

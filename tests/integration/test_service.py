@@ -599,7 +599,14 @@ def test_rule_10_rows_of_a_transaction_that_was_open_at_registration_are_found(b
             early.execute("INSERT INTO documents (body) SELECT 'early ' || n FROM generate_series(1, 5) n")
             configure_documents(bench)
             until(lambda: (rows := status(bench)) and rows[0]["current"] == 5, "no head start", lambda: status(bench))
-            assert status(bench)[0]["state"] == "backfilling"
+            until(
+                lambda: (
+                    status(bench)[0]["state"] == "backfilling"
+                    and "transactions that were open" in (status(bench)[0]["reason"] or "")
+                ),
+                "the head start was taken for the whole",
+                lambda: status(bench),
+            )
             early.commit()
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench) == 10
@@ -822,3 +829,24 @@ def test_a_stopped_process_loses_the_slot_and_takes_up_its_work_when_it_goes_on(
         service.signal(signal.SIGCONT)
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench) == 5
+
+
+def test_what_changes_while_a_column_cannot_be_served_is_found_when_it_can_again(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 10)
+    with running(bench) as service:
+        wait_caught_up(bench)
+        bench.admin.execute("REVOKE UPDATE (embedding) ON documents FROM cdc_service")
+        bench.admin.execute("UPDATE documents SET body = 'not permitted' WHERE id = 1")
+        until(
+            lambda: status(bench)[0]["state"] == "error", "the missing right was never noticed", lambda: status(bench)
+        )
+        assert "permission denied" in status(bench)[0]["reason"]
+        bench.admin.execute("UPDATE documents SET body = 'while in error' WHERE id = 2")
+        target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
+        until(lambda: confirmed(bench, target), "a faulty column held the slot back")
+        bench.admin.execute("GRANT UPDATE (embedding) ON documents TO cdc_service")
+        until(lambda: len(_current_ids(bench)) == 10, "what was missed was never found", lambda: service.log)
+        wait_caught_up(bench)
+        assert assert_every_vector_is_of_its_text(bench) == 10
+        assert bench.admin.execute("SELECT count(*) FROM cdc_embedder.failed").fetchone() == (0,)
