@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, LiteralString
 
 import typer
 from rich.console import Console
@@ -25,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True, soft_wrap=True)
 
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings [env: CDC_EMBEDDER_CONFIG].")]
 Dsn = Annotated[str | None, typer.Option(help="libpq conninfo or URI [env: CDC_EMBEDDER_DSN; empty: libpq's own].")]
@@ -40,7 +40,7 @@ def main() -> None:
     try:
         app()
     except Problem as problem:
-        err.print(f"cdc-embedder: {problem.sentence}", markup=False)
+        err.print(f"cdc-embedder: {problem.sentence}")
         sys.exit(1)
 
 
@@ -70,7 +70,7 @@ def init(
     settings = _settings(config, dsn=dsn, slot=slot)
     for sentence in install(settings.dsn.get_secret_value(), settings.slot, owner=owner,
                             published_everywhere=published_everywhere):  # fmt: skip
-        out.print(sentence, markup=False, soft_wrap=True)
+        out.print(sentence, soft_wrap=True)
 
 
 @app.command()
@@ -120,11 +120,17 @@ def add(
     """Configure a column: the same as an INSERT into cdc_embedder.embedding_column."""
     from cdc_embedder.identifiers import split
 
-    columns, [name] = split(source, ","), split(target, ",")
-    statement = "SELECT cdc_embedder.add_embedding_column(%s::regclass, %s, %s, %s, priority => %s, on_existing => %s)"
-    found = _query(_settings(config, dsn=dsn).dsn.get_secret_value(), statement,
-                   (table, columns, name, model, priority, on_existing))  # fmt: skip
-    out.print(f"column {found[0][0]}: {table}.{target} will hold the vectors of {source} by {model}", markup=False)
+    columns, names = split(source, ","), split(target)
+    if len(names) != 1:
+        raise Problem(f"{target} is not the name of a column", hint="the table is an argument of its own")
+    if on_existing not in ("ask", "replace", "adopt"):
+        raise Problem(f"{on_existing} is nothing to do with vectors that are there already", hint="ask or replace")
+    statement = (
+        "SELECT cdc_embedder.add_embedding_column($1::regclass, $2, $3, $4, priority => $5, on_existing => $6) AS id"
+    )
+    found = _ask(_settings(config, dsn=dsn), "adding the column", statement,
+                 (table, columns, names[0], model, priority, on_existing))  # fmt: skip
+    out.print(f"column {found['id']}: {table}.{target} will hold the vectors of {source} by {model}", soft_wrap=True)
 
 
 @app.command()
@@ -135,9 +141,9 @@ def remove(
 ) -> None:
     """Stop filling a column; its vectors stay."""
     table, target = _table_and_column(column)
-    _query(_settings(config, dsn=dsn).dsn.get_secret_value(),
-           "SELECT cdc_embedder.remove_embedding_column(%s::regclass, %s)", (table, target))  # fmt: skip
-    out.print(f"{column} is not filled any more; its vectors stay", markup=False)
+    _ask(_settings(config, dsn=dsn), "removing the column",
+         "SELECT cdc_embedder.remove_embedding_column($1::regclass, $2)", (table, target))  # fmt: skip
+    out.print(f"{column} is not filled any more; its vectors stay", soft_wrap=True)
 
 
 @app.command()
@@ -147,9 +153,35 @@ def reconcile(
     config: Config = None,
 ) -> None:
     """Have the service compare every row with the ledger, and embed what differs."""
-    found = _query(_settings(config, dsn=dsn).dsn.get_secret_value(),
-                   "SELECT cdc_embedder.reconcile(%s::regclass)", (table,))  # fmt: skip
-    out.print(f"a scan of {found[0][0]} column(s) is requested")
+    found = _ask(_settings(config, dsn=dsn), "requesting a scan",
+                 "SELECT cdc_embedder.reconcile($1::regclass) AS columns", (table,))  # fmt: skip
+    out.print(f"a scan of {found['columns']} column(s) is requested")
+
+
+@app.command()
+def verify(
+    columns: Annotated[
+        list[str] | None, typer.Argument(help="[SCHEMA.]TABLE.COLUMN, quoted as in SQL; every column where not given.")
+    ] = None,
+    as_json: Json = False,
+    wait: Annotated[bool, typer.Option("--wait", help="First wait for the service to embed what is pending.")] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Recompute so many rows a column, drawn by chance, instead of all.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
+    dsn: Dsn = None,
+    config: Config = None,
+) -> None:
+    """Recompute stored vectors and compare; exit status 1 if any is missing, stale or wrong."""
+    from cdc_embedder import verifying
+
+    names = [_table_and_column(name) for name in columns or []]
+    settings = _settings(config, dsn=dsn, device=device)
+    with verifying.progress_bar(err) as advance:
+        reports = verifying.verify(settings, names, wait=wait, sample=sample, advance=advance)
+    verifying.print_reports(reports, out, as_json=as_json)
+    if not all(report.good for report in reports):
+        sys.exit(1)
 
 
 @app.command()
@@ -227,12 +259,16 @@ def uninstall(yes: Yes = False, dsn: Dsn = None, slot: Slot = None, config: Conf
     from cdc_embedder.uninstall import uninstall_plan
 
     settings = _settings(config, dsn=dsn, slot=slot)
-    for sentence in uninstall_plan(settings.dsn.get_secret_value(), settings.slot):
-        out.print(sentence, markup=False, soft_wrap=True)
+    plan = uninstall_plan(settings.dsn.get_secret_value(), settings.slot)
+    if not plan:
+        out.print("nothing to remove")
+        return
+    for sentence in plan:
+        out.print(sentence, soft_wrap=True)
     if not yes and not typer.confirm("Remove all this?"):
         raise typer.Exit(1)
     for sentence in remove_all(settings.dsn.get_secret_value(), settings.slot):
-        out.print(sentence, markup=False, soft_wrap=True)
+        out.print(sentence, soft_wrap=True)
 
 
 def _settings(config: Path | None, **flags: Any) -> Any:
@@ -241,21 +277,17 @@ def _settings(config: Path | None, **flags: Any) -> Any:
     return load(config, **flags)
 
 
-def _query(dsn: str, statement: str, parameters: Sequence[Any]) -> list[Any]:
-    """The rows of one statement in the operator's own name and search path. Raises Problem."""
-    import psycopg
+def _ask(settings: Any, doing: str, statement: LiteralString, parameters: Sequence[Any]) -> dict[str, Any]:
+    """The row of one statement in the operator's own name and search path; notices are shown. Raises Problem."""
+    from cdc_embedder.asking import session
 
-    from cdc_embedder.conninfo import pinned
-    from cdc_embedder.database_errors import from_database
+    def show(notice: Any) -> None:
+        err.print(". ".join(filter(None, (notice.message_primary, notice.message_hint))))
 
-    try:
-        with psycopg.connect(pinned(dsn, "cli", {}), autocommit=True) as connection:
-            connection.add_notice_handler(lambda notice: err.print(notice.message_primary, markup=False))
-            return connection.execute(statement, parameters).fetchall()
-    except psycopg.errors.InvalidSchemaName as error:
-        raise Problem("the schema cdc_embedder is not installed", hint="run: cdc-embedder init") from error
-    except psycopg.Error as error:
-        raise from_database(error, "the database refused it") from error
+    with session(settings.dsn.get_secret_value(), "cli", doing) as connection:
+        connection.add_notice_handler(show)
+        [row] = connection.execute(statement, parameters).fetchall()
+    return row
 
 
 def _table_and_column(name: str) -> tuple[str, str]:

@@ -8,17 +8,16 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import dict_row
 from rich.console import Console
 from rich.table import Table
 
+from cdc_embedder.asking import Row, session
 from cdc_embedder.catalog import model_spec
-from cdc_embedder.conninfo import pinned
-from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import InputType, ModelSpec, Vectors
 from cdc_embedder.embedding.isolation import embed_isolating
 from cdc_embedder.embedding.registry import Embedders, builtin_spec
 from cdc_embedder.errors import Misconfigured, Problem
+from cdc_embedder.identifiers import join, split
 from cdc_embedder.settings import Settings
 
 
@@ -46,23 +45,20 @@ def embed_texts(settings: Settings, model: str, texts: list[str], input_type: st
 
 def search_column(settings: Settings, table: str, target: str, question: str, k: int) -> list[Found]:
     """The `k` rows of `table` whose `target` is nearest to the question. Raises Problem."""
-    dsn = settings.dsn.get_secret_value()
-    try:
-        with psycopg.connect(
-            pinned(dsn, "search", {}), autocommit=True, row_factory=dict_row, cursor_factory=psycopg.RawCursor
-        ) as connection:
-            column = connection.execute(_COLUMN, (table, target)).fetchone()
-            if column is None:
-                raise Problem(f"{table}.{target} is not a configured column", hint="see: cdc-embedder status")
-            spec = model_spec(column["model"])
-            vector = _embed(settings, spec, [question], InputType.QUERY)[0].tolist()
-            connection.execute("SET extra_float_digits = 3")
-            found = connection.execute(_nearest(column, k), [vector]).fetchall()
-    except psycopg.Error as error:
-        raise from_database(error, "searching") from error
+    with session(settings.dsn.get_secret_value(), "search", "searching") as connection:
+        column = connection.execute(_COLUMN, (table, target)).fetchone()
+        if column is None:
+            raise Problem(
+                f"{join([*split(table), target])} is not a configured column", hint="see: cdc-embedder status"
+            )
+        vector = _embed(settings, model_spec(column["model"]), [question], InputType.QUERY)[0].tolist()
+        if column["kind"] in ("vector", "halfvec"):
+            _let_indexes_find(connection, column, k)
+        connection.execute("SET extra_float_digits = 3")
+        found = connection.execute(_nearest(column, k), [vector]).fetchall()
     return [
         Found({name: row[f"key_{n}"] for n, name in enumerate(column["keys"])}, row["score"], _first_line(row["text"]))
-        for row in found
+        for row in sorted(found, key=lambda row: -row["score"])  # an index may give them almost in order
     ]
 
 
@@ -71,11 +67,14 @@ def print_found(found: list[Found], console: Console, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"key": row.key, "score": row.score, "text": row.text} for row in found]))
         return
+    if not found:
+        console.print("no row has a vector yet")
+        return
     out = Table(box=None, header_style="bold")
-    for name in (*(found[0].key if found else ()), "score", "text"):
+    for name in (*found[0].key, "score", "text"):
         out.add_column(name, justify="right" if name == "score" else "left", overflow="ellipsis", no_wrap=True)
     for row in found:
-        out.add_row(*row.key.values(), f"{row.score:.3f}", row.text)
+        out.add_row(*map(_shown, row.key.values()), f"{row.score:.3f}", _shown(row.text))
     console.print(out)
 
 
@@ -91,6 +90,21 @@ SELECT to_jsonb(m) AS model, n.nspname AS schema, t.relname AS table, c.source_c
   JOIN pg_namespace yn ON yn.oid = y.typnamespace
  WHERE c.source_table = $1::regclass AND c.target_column = $2
 """
+
+
+def _let_indexes_find(connection: psycopg.Connection[Row], column: Row, k: int) -> None:
+    """Have an index look as far as `k` rows take: hnsw stops at 40 otherwise, ivfflat in one list.
+
+    The settings are there once the extension's library is loaded, and which are there depends on its version.
+    """
+    kind = sql.Identifier(column["kind_schema"], column["kind"])
+    connection.execute(sql.SQL("SELECT CAST('[1]' AS {})").format(kind))
+    connection.execute(
+        "SELECT set_config(name, CASE name WHEN 'hnsw.ef_search' THEN greatest(setting::int, least($1, 1000))::text"
+        "                             WHEN 'hnsw.iterative_scan' THEN 'strict_order' ELSE 'relaxed_order' END, false)"
+        "  FROM pg_settings WHERE name IN ('hnsw.ef_search', 'hnsw.iterative_scan', 'ivfflat.iterative_scan')",
+        (k,),
+    )
 
 
 def _nearest(column: dict[str, Any], k: int) -> sql.Composed:
@@ -121,16 +135,13 @@ def _nearest(column: dict[str, Any], k: int) -> sql.Composed:
 
 
 def _spec_of_database(dsn: str, model: str) -> ModelSpec:
-    try:
-        with psycopg.connect(pinned(dsn, "embed", {}), autocommit=True) as connection:
-            row = connection.execute(
-                "SELECT to_jsonb(m) FROM cdc_embedder.model m WHERE name = %s", (model,)
-            ).fetchone()
-    except psycopg.Error as error:
-        raise from_database(error, "reading the model") from error
+    with session(dsn, "embed", "reading the model") as connection:
+        row = connection.execute(
+            "SELECT to_jsonb(m) AS model FROM cdc_embedder.model m WHERE name = $1", (model,)
+        ).fetchone()
     if row is None:
         raise Misconfigured(f"there is no model {model}", hint="INSERT it INTO cdc_embedder.model")
-    return model_spec(row[0])
+    return model_spec(row["model"])
 
 
 def _embed(settings: Settings, spec: ModelSpec, texts: list[str], kind: InputType) -> Vectors:
@@ -147,6 +158,11 @@ def _embed(settings: Settings, spec: ModelSpec, texts: list[str], kind: InputTyp
     for index, sentence in outcome.errors.items():
         raise Problem(f"text {index + 1}: {sentence}")
     return outcome.vectors
+
+
+def _shown(text: str) -> str:
+    """Text of rows as a terminal may have it: without what would steer it."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _first_line(text: str | None) -> str:

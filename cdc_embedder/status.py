@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import time
 from decimal import Decimal
-from typing import Any
 
 import psycopg
-from psycopg.rows import dict_row
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cdc_embedder.conninfo import pinned
-from cdc_embedder.database_errors import from_database
-from cdc_embedder.errors import Misconfigured
-
-Row = dict[str, Any]
+from cdc_embedder.asking import Row, session
 
 
 def show(dsn: str, console: Console, *, as_json: bool, watch: bool) -> None:
     """Print the view once, or again every second until interrupted. Raises Problem."""
     try:
-        with psycopg.connect(pinned(dsn, "status", {}), autocommit=True) as connection:
+        with session(dsn, "status", "reading the status") as connection:
             if not watch:
                 _print(rows(connection), console, as_json)
                 return
@@ -33,16 +27,11 @@ def show(dsn: str, console: Console, *, as_json: bool, watch: bool) -> None:
                     time.sleep(1)
     except KeyboardInterrupt:
         return
-    except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedTable) as error:
-        raise Misconfigured("the schema cdc_embedder is not installed", hint="run: cdc-embedder init") from error
-    except psycopg.Error as error:
-        raise from_database(error, "reading the status") from error
 
 
-def rows(connection: psycopg.Connection[Any]) -> list[Row]:
+def rows(connection: psycopg.Connection[Row]) -> list[Row]:
     """The view's rows, in order of id."""
-    cursor = connection.cursor(row_factory=dict_row)
-    return cursor.execute("SELECT * FROM cdc_embedder.status ORDER BY id").fetchall()
+    return connection.execute("SELECT * FROM cdc_embedder.status ORDER BY id").fetchall()
 
 
 def table(found: list[Row]) -> Table:

@@ -179,12 +179,12 @@ def _page(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
         "   FROM page"
     ).format(
         key_text=e.key_text(column),
-        order=scan._order(column.key, source),
+        order=scan.in_order(column.key, source),
         is_null=e.is_null(column),
         finding=_finding(column),
-        columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in scan._columns(column)),
+        columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in scan.needed_columns(column)),
         table=e.table(column),
-        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(scan._after(column.key, source)),
+        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(scan.comes_after(column.key, source)),
         limit=sql.Literal(scan.PAGE),
         ledger=e.ledger(column),
         same=e.same_key(column.key, [e.ledger_key(n) for n in range(len(column.key))], source),
@@ -243,11 +243,11 @@ def _orphans(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
         "   FROM page"
     ).format(
         texts=sql.SQL(", ").join(sql.SQL("CAST({} AS text)").format(key) for key in ledger),
-        order=scan._order(column.key, ledger),
+        order=scan.in_order(column.key, ledger),
         table=e.table(column),
         same=e.same_key(column.key, e.source_key(column), ledger),
         keys=sql.SQL(", ").join(ledger),
         name=e.ledger(column),
-        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(scan._after(column.key, ledger)),
+        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(scan.comes_after(column.key, ledger)),
         limit=sql.Literal(scan.PAGE),
     )

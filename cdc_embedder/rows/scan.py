@@ -101,9 +101,9 @@ def _page(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
         current=fetch.current(column, f),
         failed=fetch.failed(column, f),
         table=e.table(column),
-        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(_after(column.key, source)),
-        columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in _columns(column)),
-        order=_order(column.key, source),
+        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(comes_after(column.key, source)),
+        columns=sql.SQL(", ").join(sql.Identifier("t", name) for name in needed_columns(column)),
+        order=in_order(column.key, source),
         limit=sql.Literal(PAGE),
         ledger=e.ledger(column),
         same=e.same_key(column.key, [e.ledger_key(n) for n in range(len(column.key))], source),
@@ -129,27 +129,27 @@ def _sweep(column: EmbeddingColumn, *, first: bool) -> sql.Composed:
         table=e.table(column),
         same=e.same_key(column.key, e.source_key(column), ledger),
         name=e.ledger(column),
-        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(_after(column.key, ledger)),
-        order=_order(column.key, ledger),
+        after=sql.SQL("") if first else sql.SQL(" WHERE {}").format(comes_after(column.key, ledger)),
+        order=in_order(column.key, ledger),
         limit=sql.Literal(PAGE),
         is_page=e.same_key(column.key, ledger, [e.ledger_key(n, "p") for n in range(len(column.key))]),
     )
 
 
-def _columns(column: EmbeddingColumn) -> list[str]:
+def needed_columns(column: EmbeddingColumn) -> list[str]:
     """What the role is sure to have the right to read: key, sources and target, each once."""
     assert column.target is not None
     return list(dict.fromkeys([*(key.name for key in column.key), *column.sources, column.target.name]))
 
 
-def _order(keys: Sequence[KeyColumn], columns: Sequence[e.Composed]) -> e.Composed:
+def in_order(keys: Sequence[KeyColumn], columns: Sequence[e.Composed]) -> e.Composed:
     """The order of the primary key's own index, which `_after` pages by."""
     return sql.SQL(", ").join(
         sql.SQL("{} USING {}").format(column, e.operator(key.less)) for key, column in zip(keys, columns, strict=True)
     )
 
 
-def _after(keys: Sequence[KeyColumn], columns: Sequence[e.Composed]) -> e.Composed:
+def comes_after(keys: Sequence[KeyColumn], columns: Sequence[e.Composed]) -> e.Composed:
     """The key comes after the parameters, by its index's own operators.
 
     A row comparison makes one index condition, but takes one operator name for all columns; where an extension's type

@@ -1,0 +1,57 @@
+"""Waiting until the running service has embedded what is committed now, as an operator's command may want to."""
+
+from __future__ import annotations
+
+import time
+
+import psycopg
+
+from cdc_embedder.asking import Row
+from cdc_embedder.errors import Misconfigured
+
+STANDSTILL_SECONDS = 60.0
+"""How long a column that is waited for may be stopped, paused or in error: a service may just be starting."""
+
+PAGE_HEADER = 24
+"""Bytes by which the WAL's insert position can lie beyond the end of the last record; no commit is as short."""
+
+
+def wait_for_pending(
+    connection: psycopg.Connection[Row], ids: list[int], standstill: float = STANDSTILL_SECONDS
+) -> None:
+    """Return when what is committed now is embedded or has failed, in these columns. Raises Misconfigured.
+
+    The slot is confirmed through it, no scan is wanted, nothing is pending. A column that does not work for
+    `standstill` seconds is not waited for any longer.
+    """
+    target = connection.execute("SELECT pg_current_wal_insert_lsn()::text AS lsn").fetchall()[0]["lsn"]
+    worked: dict[int, float] = {}
+    while True:
+        waiting = [row for row in connection.execute(_WAITING, (ids, target, PAGE_HEADER)).fetchall() if row["waits"]]
+        if not waiting:
+            return
+        now = time.monotonic()
+        for row in waiting:
+            if row["state"] in ("live", "backfilling"):
+                worked[row["id"]] = now
+            elif now - worked.setdefault(row["id"], now) >= standstill:
+                reason = f": {row['reason']}" if row["reason"] else ""
+                raise Misconfigured(
+                    f"{row['source_table']}.{row['target_column']} is not waited for, it is {row['state']}{reason}",
+                    hint="verify without --wait says how it stands",
+                )
+        time.sleep(0.2)
+
+
+_WAITING = """
+SELECT s.id, s.source_table, s.target_column, s.state, s.reason,
+       s.state <> 'live' OR coalesce(s.pending, 0) > 0
+       OR coalesce(n.requested_at > n.finished_at, n.requested_at IS NOT NULL)
+       OR coalesce(pg_wal_lsn_diff($2::pg_lsn, r.confirmed_flush_lsn) > $3, true) AS waits
+  FROM cdc_embedder.status s
+  JOIN cdc_embedder.embedding_column c ON c.id = s.id
+  LEFT JOIN cdc_embedder.scan n ON n.column_id = s.id
+  LEFT JOIN pg_replication_slots r ON r.slot_name = c.slot AND r.database = current_database()
+ WHERE s.id = ANY ($1)
+ ORDER BY s.id
+"""
