@@ -105,6 +105,8 @@ class Configuration:
         for lane in self.lanes.values():
             if lane.route.missed:
                 await self._missed_keys(lane)
+        # Before a barrier is taken: whatever was passed over until now is of a transaction older than it (rule 10).
+        self._changed()
         await self._cover()
 
     async def fail(self, lane: Lane, problem: Problem) -> None:

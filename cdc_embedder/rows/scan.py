@@ -143,7 +143,7 @@ def needed_columns(column: EmbeddingColumn) -> list[str]:
 
 
 def in_order(keys: Sequence[KeyColumn], columns: Sequence[e.Composed]) -> e.Composed:
-    """The order of the primary key's own index, which `_after` pages by."""
+    """The order of the primary key's own index, which `comes_after` pages by."""
     return sql.SQL(", ").join(
         sql.SQL("{} USING {}").format(column, e.operator(key.less)) for key, column in zip(keys, columns, strict=True)
     )
