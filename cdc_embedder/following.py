@@ -18,7 +18,7 @@ from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import ModelSpec
 from cdc_embedder.embedding.registry import Embedders
-from cdc_embedder.errors import ColumnFault, Problem
+from cdc_embedder.errors import ColumnFault, ModelFault, Problem, Temporary
 from cdc_embedder.lane import HEAL_SECONDS, Lane
 from cdc_embedder.pending import Pending
 from cdc_embedder.routing import Route
@@ -99,7 +99,7 @@ class Configuration:
                 await self._refresh(column, scans.get(column.id, ScanRequest(True, False, False, (0, 0, 0, 0, 0))))
             except psycopg.Error as error:
                 problem = from_database(error, f"preparing {column.label}")
-                if not isinstance(problem, ColumnFault):
+                if isinstance(problem, Temporary):
                     raise
                 await self.fail(self.lanes[column.id], problem)
         for lane in self.lanes.values():
@@ -227,12 +227,14 @@ class Configuration:
         if column.unlogged:
             lane.uncovered = "changes are not seen: the table is unlogged, scans alone feed the column"
         else:
-            statement = await requests.publish(self._connection, self._slot, column.schema, column.table)
-            if statement is None:
+            if self._now() >= lane.next_publication:
+                lane.next_publication = self._now() + RESCAN_SECONDS
+                lane.statement = await requests.publish(self._connection, self._slot, column.schema, column.table)
+            if lane.statement is None:
                 self.wake.set()
                 return
             lane.uncovered = (
-                f"changes are not seen, scans alone feed the column, until its table's owner runs: {statement}"
+                f"changes are not seen, scans alone feed the column, until its table's owner runs: {lane.statement}"
             )
         lane.barrier = 0
         if self._now() >= lane.next_scan and not lane.scan.wanted:
@@ -266,11 +268,16 @@ class Configuration:
             lane.embedder = embedder
         except ColumnFault as problem:
             await self.fail(lane, problem)
+        except psycopg.Error as error:
+            log.info("%s", from_database(error, "noting which model was loaded").sentence)
         except Problem as problem:
             log.warning("%s: %s", column.label, problem.sentence)
             lane.last_error = lane.trouble = problem.sentence
             lane.failures += 1
             lane.down_until = self._now() + min(60.0, 2.0**lane.failures)
+        except Exception as error:
+            # what a library raised may quote anything: its kind has to do
+            await self.fail(lane, ModelFault(f"the model {column.model.name} cannot be loaded: {type(error).__name__}"))
         finally:
             lane.loading = False
             self._changed()

@@ -74,6 +74,8 @@ class Lane:
     uncovered: str = ""
     covered: bool | None = None
     next_scan: float = 0.0
+    next_publication: float = 0.0
+    statement: str | None = None
     embedder: Embedder | None = None
     loading: bool = False
     down_until: float = 0.0

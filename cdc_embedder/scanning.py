@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
+import psycopg
+
+from cdc_embedder.database_errors import from_database
+from cdc_embedder.errors import Problem, ServerGone, Temporary
 from cdc_embedder.lane import Lane
 from cdc_embedder.pending import Work
 from cdc_embedder.rows import requests, scan
@@ -34,23 +38,38 @@ class Scanner:
         lanes: Callable[[], list[Lane]],
         now: Callable[[], float],
         wake: Callable[[], None],
+        fail: Callable[[Lane, Problem], Awaitable[None]],
     ) -> None:
         self._connection = connection
         self._lanes = lanes
         self._now = now
         self._wake = wake
+        self._fail = fail
         self._passes: dict[int, Pass] = {}
 
     async def run(self) -> None:
-        """For ever: a page of each lane that wants one, in turn. Raises psycopg.Error as it comes."""
+        """For ever: a page of each lane that wants one, in turn. Raises ServerGone; other trouble is one lane's."""
         while True:
             lanes = {lane.column.id: lane for lane in self._lanes()}
             self._passes = {id: p for id, p in self._passes.items() if lanes.get(id) is p.lane and p.lane.served}
             busy = False
             for lane in lanes.values():
-                busy |= await self._step(lane)
+                try:
+                    busy |= await self._step(lane)
+                except psycopg.Error as error:
+                    await self._trouble(lane, from_database(error, f"scanning {lane.column.label}"))
             if not busy:
                 await asyncio.sleep(TICK_SECONDS)
+
+    async def _trouble(self, lane: Lane, problem: Problem) -> None:
+        """The pass is given up; unless the trouble passes, so is the column until it can be served again."""
+        self._passes.pop(lane.column.id, None)
+        if isinstance(problem, ServerGone):
+            raise problem
+        if isinstance(problem, Temporary):
+            log.info("%s; trying again", problem.sentence)
+        else:
+            await self._fail(lane, problem)
 
     async def _step(self, lane: Lane) -> bool:
         """One page, or one look at whether a pass is over; whether there is more to do at once."""

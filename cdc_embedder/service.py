@@ -143,7 +143,7 @@ class Service:
         await reporter.once()  # before the slot is active: what an earlier service said is not true any more
         listener, retrier = await self._connect(stack, "listen"), await self._connect(stack, "retry")
         scanning = await self._connect(stack, "scan", statement_timeout="0")
-        scanner = Scanner(scanning, lambda: pipeline.lanes, time.monotonic, pipeline.wake)
+        scanner = Scanner(scanning, lambda: pipeline.lanes, time.monotonic, pipeline.wake, configuration.fail)
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(work)

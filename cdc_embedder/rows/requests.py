@@ -102,7 +102,9 @@ async def publish(connection: Connection, slot: str, schema: str, table: str) ->
         await connection.execute(statement)
     except errors.DuplicateObject:
         return None
-    except (errors.InsufficientPrivilege, errors.LockNotAvailable, errors.UndefinedObject):
+    except errors.Error:
+        if connection.broken:
+            raise
         return statement.as_string(connection)
     return None
 
@@ -114,8 +116,9 @@ async def unpublish(connection: Connection, slot: str, schema: str, table: str) 
     )
     try:
         await connection.execute(statement)
-    except (errors.UndefinedObject, errors.UndefinedTable, errors.InsufficientPrivilege, errors.LockNotAvailable):
-        return
+    except errors.Error:
+        if connection.broken:
+            raise
 
 
 async def report(connection: Connection, lane: Lane, oldest_s: float | None, rows_per_s: float) -> None:

@@ -852,3 +852,25 @@ def test_what_changes_while_a_column_cannot_be_served_is_found_when_it_can_again
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench) == 10
         assert bench.admin.execute("SELECT count(*) FROM cdc_embedder.failed").fetchone() == (0,)
+
+
+def test_a_column_that_cannot_be_read_leaves_the_others_alone(bench: Any) -> None:
+    make_model(bench)
+    make_documents(bench, 20)
+    bench.admin.execute("CREATE TABLE closed (id int PRIMARY KEY, body text, v real[])")
+    bench.admin.execute("INSERT INTO closed VALUES (1, 'nobody may read this')")
+    bench.admin.execute(
+        "INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model)"
+        " VALUES ('closed', '{body}', 'v', 'fake')"
+    )
+    with running(bench) as service:
+        until(lambda: [row["state"] for row in status(bench)] == ["live", "error"], "not told apart",
+              lambda: (status(bench), service.log))  # fmt: skip
+        assert "permission denied" in status(bench)[1]["reason"]
+        bench.admin.execute("UPDATE documents SET body = 'the others go on'")
+        bench.admin.execute("UPDATE closed SET body = 'still not'")
+        until(lambda: len(_current_ids(bench)) == 20, "the other column stood still", lambda: status(bench))
+        assert service.log.count("streaming from the slot") == 1
+        bench.grant("closed", ["id"], ["body"], "v")
+        wait_caught_up(bench)
+        assert assert_every_vector_is_of_its_text(bench, "closed", "body", "v") == 1
