@@ -6,6 +6,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +100,21 @@ class Bench:
         self.admin.close()
         self.server.restart(mode)  # type: ignore[arg-type]
         self.admin = psycopg.connect(self.dsn_admin, autocommit=True)
+
+
+@contextmanager
+def bench_with(bindir: Path, plugin: str, settings: dict[str, str]) -> Iterator[Bench]:
+    """A bench on a server of its own."""
+    with tempfile.TemporaryDirectory(prefix="cdc-embedder-", ignore_cleanup_errors=True) as directory:
+        Path(directory).chmod(0o755)
+        server = Server(bindir, Path(directory) / "server", FAST | settings)
+        server.start()
+        try:
+            with psycopg.connect(server.dsn(), autocommit=True) as connection:
+                connection.execute(f"CREATE ROLE {SERVICE_ROLE} LOGIN REPLICATION")
+            yield from make_bench(server, plugin)
+        finally:
+            server.stop("immediate")
 
 
 def make_bench(server: Server, plugin: str) -> Iterator[Bench]:

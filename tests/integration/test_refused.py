@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import psycopg
 
 from cdc_embedder.embedded import Server
-from tests import servers
-from tests.servers import SERVICE_ROLE, Bench
+from tests.servers import Bench, bench_with
 from tests.service import Service
 
 
@@ -25,21 +19,6 @@ def refused(bench: Bench, remedy: str, **environment: str) -> None:
         assert "Traceback" not in service.log
     finally:
         service.end()
-
-
-@contextmanager
-def bench_with(bindir: Path, plugin: str, settings: dict[str, str]) -> Iterator[Bench]:
-    """A bench on a server of its own."""
-    with tempfile.TemporaryDirectory(prefix="cdc-embedder-", ignore_cleanup_errors=True) as directory:
-        Path(directory).chmod(0o755)
-        server = Server(bindir, Path(directory) / "server", servers.FAST | settings)
-        server.start()
-        try:
-            with psycopg.connect(server.dsn(), autocommit=True) as connection:
-                connection.execute(f"CREATE ROLE {SERVICE_ROLE} LOGIN REPLICATION")
-            yield from servers.make_bench(server, plugin)
-        finally:
-            server.stop("immediate")
 
 
 def test_a_plugin_that_the_server_lacks(bench18: Bench) -> None:
