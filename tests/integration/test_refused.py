@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 
 from cdc_embedder.embedded import Server
-from tests.servers import Bench, bench_with
+from tests.servers import SERVICE_ROLE, Bench, bench_with
 from tests.service import Service
 
 
