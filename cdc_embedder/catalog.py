@@ -39,7 +39,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingColumn:
-    """One row of `cdc_embedder.embedding_column` with all that the catalog says about it."""
+    """One row of `cdc_embedder.embedding_column` with all that the catalog says about it.
+
+    `fires_triggers`: an UPDATE fires triggers or rules of the user's; `fires_always`: it does so even in a session with
+    session_replication_role = replica. `moved`: it was configured in another cluster or database. `storage`: a hash of
+    the files that hold the rows, another one after a rewrite, a TRUNCATE, or when a partition comes or goes.
+    """
 
     id: int
     table_oid: int
@@ -60,6 +65,9 @@ class EmbeddingColumn:
     unlogged: bool
     published: bool
     fires_triggers: bool
+    fires_always: bool
+    moved: bool
+    storage: int
     fault: str | None
 
     @property
@@ -106,16 +114,24 @@ SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_n
          WHERE i.indrelid = t.oid AND i.indisprimary AND i.indimmediate AND k.position <= i.indnkeyatts) AS key,
        (SELECT jsonb_agg(jsonb_build_array(pn.nspname, p.relname))
           FROM pg_class p JOIN pg_namespace pn ON pn.oid = p.relnamespace
-         WHERE p.oid = t.oid OR p.oid IN (SELECT relid FROM pg_partition_tree(t.oid))) AS relations,
+         WHERE p.oid IN (SELECT t.oid UNION SELECT relid FROM pg_partition_tree(t.oid))) AS relations,
+       (SELECT hashtextextended(string_agg(p.oid || ':' || p.relfilenode, ' ' ORDER BY p.oid), 0) FROM pg_class p
+         WHERE p.oid IN (SELECT t.oid UNION SELECT relid FROM pg_partition_tree(t.oid))) AS storage,
+       (c.database_oid, c.system_identifier) IS DISTINCT FROM (here.database_oid, here.system_identifier) AS moved,
        EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication b ON b.oid = r.prpubid
                 WHERE b.pubname = c.slot AND r.prrelid = t.oid) AS published,
        EXISTS (SELECT FROM pg_trigger g
                 WHERE (g.tgrelid = t.oid OR g.tgrelid IN (SELECT relid FROM pg_partition_tree(t.oid)))
-                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled <> 'D') AS fires_triggers
+                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('O', 'A')) AS fires_triggers,
+       EXISTS (SELECT FROM pg_trigger g
+                WHERE (g.tgrelid = t.oid OR g.tgrelid IN (SELECT relid FROM pg_partition_tree(t.oid)))
+                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('R', 'A')) AS fires_always
   FROM cdc_embedder.embedding_column c
   JOIN cdc_embedder.model m ON m.name = c.model
   LEFT JOIN pg_class t ON t.oid = c.source_table
   LEFT JOIN pg_namespace n ON n.oid = t.relnamespace
+ CROSS JOIN (SELECT d.oid AS database_oid, s.system_identifier
+               FROM pg_database d, pg_control_system() s WHERE d.datname = current_database()) AS here
  WHERE c.slot = $1
  ORDER BY c.id
 """
@@ -160,6 +176,9 @@ def _column(row: Mapping[str, Any]) -> EmbeddingColumn:
         unlogged=row["relpersistence"] == "u",
         published=row["published"],
         fires_triggers=row["fires_triggers"] or bool(row["relhasrules"]),
+        fires_always=row["fires_always"] or bool(row["relhasrules"]),
+        moved=row["moved"],
+        storage=row["storage"] or 0,
         fault=_fault(row, target, model),
     )
 

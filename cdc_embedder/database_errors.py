@@ -14,6 +14,7 @@ import psycopg
 from cdc_embedder.errors import ColumnFault, Misconfigured, Problem, ServerGone, SlotBusy, Temporary
 
 _SERVER_GONE = ("08", "57P")  # connection exceptions; admin shutdown, crash shutdown, cannot connect now
+_SESSION_GONE = ("53300", "25006", "25P03", "25P04")  # no connection left, a standby, timeouts that end a session
 _TRY_AGAIN = ("40001", "40P01", "55P03", "57014")  # serialization, deadlock, lock timeout, cancelled
 _COLUMN = ("42P01", "42703", "42704", "42804", "42846", "42883", "42501", "22000", "22P02", "428C9", "23502", "42P17")
 
@@ -56,7 +57,7 @@ def from_database(error: psycopg.Error, doing: str) -> Problem:
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return ServerGone(message, hint=hint)
         return Problem(message, hint=hint)
-    if state.startswith(_SERVER_GONE) or state in ("53300", "25006", "57P05"):
+    if state.startswith(_SERVER_GONE) or state in _SESSION_GONE:
         return ServerGone(message, hint=hint, sqlstate=state)
     if state == "55006":
         return SlotBusy(message, hint=hint, sqlstate=state)

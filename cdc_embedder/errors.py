@@ -5,6 +5,7 @@
     │   ├── ServerGone       the database server is away, starting, or out of connections
     │   ├── SlotBusy         another instance holds the slot or the advisory lock
     │   ├── SlotLost         the slot is gone or was invalidated: it is made anew (in `wal.diagnosis`)
+    │   ├── SlotStuck        the slot cannot be read past some change: it is made anew (in `wal.diagnosis`)
     │   └── EmbedderDown     device, network or embedding service: never counted against a row
     ├── Misconfigured        an operator has to act: the process exits with status 1
     │   └── PluginRefused    the server lacks or refuses the output plugin (in `wal.diagnosis`)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import psycopg
 
@@ -20,9 +20,10 @@ from cdc_embedder.embedding.base import ModelSpec
 from cdc_embedder.embedding.registry import Embedders
 from cdc_embedder.errors import ColumnFault, ModelFault, Problem, Temporary
 from cdc_embedder.lane import HEAL_SECONDS, Lane
-from cdc_embedder.pending import Pending
+from cdc_embedder.pending import Key, Pending
 from cdc_embedder.routing import Route
-from cdc_embedder.rows import requests, scan
+from cdc_embedder.rows import backlog, requests, scan
+from cdc_embedder.rows.crashes import Suspect
 from cdc_embedder.rows.requests import ScanRequest
 from cdc_embedder.rows.session import Connection, one
 from cdc_embedder.watermark import Watermark
@@ -52,6 +53,8 @@ class Configuration:
         now: Callable[[], float],
         changed: Callable[[], None],
         covers: Callable[[EmbeddingColumn], bool | None],
+        scan_period_s: float,
+        suspects: Mapping[int, dict[Key, Suspect]],
     ) -> None:
         self._connection = connection
         self._slot = slot
@@ -60,6 +63,9 @@ class Configuration:
         self._now = now
         self._changed = changed
         self._covers = covers
+        self._scan_period_s = scan_period_s
+        self._suspects = suspects
+        self._doubt = ""
         self._loads: set[asyncio.Task[None]] = set()
         self._looking = asyncio.Lock()
         self.watermark = Watermark()
@@ -93,21 +99,29 @@ class Configuration:
         for id in [id for id in self.lanes if id not in columns]:
             lane = self.lanes.pop(id)
             log.info("%s is not configured any more", lane.column.label)
-            lane.pending.clear()
+            lane.forget()
         for column in columns.values():
             try:
-                await self._refresh(column, scans.get(column.id, ScanRequest(True, False, False, (0, 0, 0, 0, 0))))
+                await self._refresh(column, scans.get(column.id, ScanRequest()))
             except psycopg.Error as error:
                 problem = from_database(error, f"preparing {column.label}")
                 if isinstance(problem, Temporary):
                     raise
                 await self.fail(self.lanes[column.id], problem)
+        doubt, self._doubt = self._doubt, ""
         for lane in self.lanes.values():
             if lane.route.missed:
                 await self._missed_keys(lane)
+            if doubt and lane.served:
+                await self.missed(lane, doubt)
         # Before a barrier is taken: whatever was passed over until now is of a transaction older than it (rule 10).
         self._changed()
         await self._cover()
+
+    def doubt(self, reason: str) -> None:
+        """Changes of any column may have been missed: all are scanned again, after the next look."""
+        self._doubt = reason
+        self.wake.set()
 
     async def fail(self, lane: Lane, problem: Problem) -> None:
         """The column cannot be served for now: it pauses with the reason, the others go on."""
@@ -122,7 +136,7 @@ class Configuration:
         """Changes of the column may have been missed: scan it, under a snapshot that the stream covers."""
         log.warning("%s: %s; it is scanned again", lane.column.label, reason)
         await requests.want_scan(self._connection, [lane.column.id], reason)
-        lane.scan.wanted, lane.scan.counted, lane.barrier = True, False, None
+        lane.cast_doubt()
 
     async def _missed_keys(self, lane: Lane) -> None:
         positions, lane.route.missed[:] = list(lane.route.missed), []
@@ -136,18 +150,34 @@ class Configuration:
             pending = Pending(self.watermark)
             route = Route(column.table_oid, column.relations, tuple(key.name for key in column.key), pending)
             lane = self.lanes[column.id] = Lane(column, pending, route)
+            lane.suspects.update(self._suspects.get(column.id, {}))
             lane.scan.rows, lane.scan.null, lane.scan.current, lane.scan.failed, lane.scan.truncated = request.counts
         before = lane.column
         if before != column:
             lane.column = column  # the same object otherwise: statements are kept by it
         lane.scan.wanted, lane.scan.counted = request.wanted, request.counted
+        lane.scan.due = self._now() + self._scan_period_s - request.age_s
         await self._decide(lane, before, request)
         if lane.served:
             self._load(lane, before.model)
+            await self._look_at_storage(lane, request)
+
+    async def _look_at_storage(self, lane: Lane, request: ScanRequest) -> None:
+        """Rule 10: a rewritten table and an attached partition bring rows that no event told of."""
+        if request.storage == lane.column.storage:
+            return
+        if request.storage is not None:
+            await self.missed(lane, "the table was rewritten, truncated, or a partition came or went")
+        await requests.note_storage(self._connection, lane.column)
 
     async def _decide(self, lane: Lane, before: EmbeddingColumn, request: ScanRequest) -> None:
         """Whether the lane is served from now on."""
         column = lane.column
+        if column.moved and not (lane.fault and lane.fault_until > self._now()):
+            log.warning("%s was configured in another cluster or database: it is resolved by name", column.label)
+            await requests.follow(self._connection, column.id)
+            self.wake.set()
+            return
         if column.fault is not None:
             await self._unusable(lane, column.fault)
             return
@@ -172,14 +202,15 @@ class Configuration:
         column = lane.column
         if await requests.remake_ledger(self._connection, column.id) and request.started:
             await requests.want_scan(self._connection, [column.id], "the key changed")
-            lane.scan.wanted, lane.scan.counted = True, False
+            lane.cast_doubt()
         lane.paused = ""
         if column.on_existing == "ask" and not request.started and await scan.holds_vectors(self._connection, column):
             lane.paused = (
                 "the target column holds vectors already: set on_existing to 'replace' to have them embedded anew"
             )
             return
-        lane.pending.clear()
+        lane.forget()
+        lane.backlog = await backlog.count(self._connection, column)
         lane.route.key = tuple(key.name for key in column.key)
         lane.barrier = None
         lane.served = True
@@ -188,9 +219,9 @@ class Configuration:
     async def _stop_serving(self, lane: Lane) -> None:
         """Nothing is lost by it: the scan is requested first, durably."""
         await requests.want_scan(self._connection, [lane.column.id], "the column was not served")
-        lane.scan.wanted, lane.scan.counted, lane.barrier = True, False, None
+        lane.cast_doubt()
         lane.served, lane.covered = False, None
-        lane.pending.clear()
+        lane.forget()
 
     async def _unusable(self, lane: Lane, reason: str) -> None:
         """Rule 11: a table that lost its identity is taken out of the publication at once."""
@@ -229,6 +260,9 @@ class Configuration:
         else:
             if self._now() >= lane.next_publication:
                 lane.next_publication = self._now() + RESCAN_SECONDS
+                with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
+                    if await requests.make_publication(self._connection, self._slot):
+                        self.doubt("the publication was gone")
                 lane.statement = await requests.publish(self._connection, self._slot, column.schema, column.table)
             if lane.statement is None:
                 self.wake.set()
@@ -245,7 +279,7 @@ class Configuration:
     def _load(self, lane: Lane, before: ModelSpec) -> None:
         if lane.column.model != before:
             lane.embedder = None
-        if lane.embedder is None and not lane.loading and lane.down_until <= self._now():
+        if lane.embedder is None and not lane.loading and lane.breaker.state(self._now()) != "open":
             lane.loading = True
             task = asyncio.create_task(self._load_model(lane, lane.column))
             self._loads.add(task)
@@ -255,7 +289,8 @@ class Configuration:
         """Load in a thread; what was loaded must be what this generation was embedded with before."""
         try:
             embedder = await asyncio.to_thread(self._embedders.get, column.model)
-            lane.down_until, lane.failures, lane.trouble = 0.0, 0, ""
+            lane.breaker.succeeded()
+            lane.trouble = ""
             recorded = await requests.weights(self._connection, column.id, column.generation, embedder.identity)
             if lane.column.model != column.model:
                 return
@@ -273,8 +308,7 @@ class Configuration:
         except Problem as problem:
             log.warning("%s: %s", column.label, problem.sentence)
             lane.last_error = lane.trouble = problem.sentence
-            lane.failures += 1
-            lane.down_until = self._now() + min(60.0, 2.0**lane.failures)
+            lane.breaker.failed(self._now())
         except Exception as error:
             # what a library raised may quote anything: its kind has to do
             await self.fail(lane, ModelFault(f"the model {column.model.name} cannot be loaded: {type(error).__name__}"))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cdc_embedder.breaker import Breaker
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.embedding.base import Embedder
-from cdc_embedder.pending import Pending, Work
+from cdc_embedder.pending import Key, Pending, Work
 from cdc_embedder.routing import Route
+from cdc_embedder.rows.crashes import Suspect
 
 BATCH_SECONDS = 0.25
 """What one call of the embedder should take at most: live changes wait behind it."""
@@ -42,11 +44,16 @@ class Size:
 
 @dataclass(slots=True)
 class ScanProgress:
-    """What the last complete scan, or the running one, has counted."""
+    """What the last complete scan, or the running one, has counted.
+
+    `routine`: the running one is the endless scan's, which nobody asked for; the next of those is due at `due`.
+    """
 
     wanted: bool = False
     counted: bool = False
     running: bool = False
+    routine: bool = False
+    due: float = 0.0
     rows: int = 0
     null: int = 0
     current: int = 0
@@ -60,6 +67,8 @@ class Lane:
 
     `barrier` and `covered`: see `scanning` and `following`. `uncovered`, `trouble` and `waiting_for` are what `status`
     tells while the column works all the same: no stream, no embedder for the moment, old transactions.
+    `backlog` is the number of spilled keys, `drained` the seq up to which they were taken up again, `settled` the rows
+    that may be removed. `suspects`: see `rows.crashes`.
     """
 
     column: EmbeddingColumn
@@ -78,9 +87,13 @@ class Lane:
     statement: str | None = None
     embedder: Embedder | None = None
     loading: bool = False
-    down_until: float = 0.0
-    failures: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
+    backlog: int = 0
+    drained: int = 0
+    settled: list[tuple[Key, int]] = field(default_factory=list)
+    suspects: dict[Key, Suspect] = field(default_factory=dict)
     barrier: int | None = None
+    doubts: int = 0
     scan: ScanProgress = field(default_factory=ScanProgress)
     embed_size: Size = field(default_factory=lambda: Size(16, 1, 1024, BATCH_SECONDS))
     write_size: Size = field(default_factory=lambda: Size(256, 16, 1024, LOCK_SECONDS))
@@ -99,13 +112,33 @@ class Lane:
         if self.paused:
             return "paused", self.paused
         reason = "; ".join(filter(None, (self.uncovered, self.trouble, self.waiting_for)))
-        if self.scan.wanted or self.scan.running or not (self.scan.counted or self.covered is False):
+        if (
+            self.scan.wanted
+            or (self.scan.running and not self.scan.routine)
+            or not (self.scan.counted or self.covered is False)
+        ):
             return "backfilling", reason
         return ("error" if self.uncovered and not self.column.unlogged else "live"), reason
 
     def ready(self, now: float) -> bool:
         """Whether the model can be given work."""
-        return self.served and self.embedder is not None and self.down_until <= now
+        return self.served and self.embedder is not None and self.breaker.state(now) != "open"
+
+    @property
+    def outstanding(self) -> int:
+        """Keys to be judged, in memory and in the backlog; one that changed since it was spilled may count twice."""
+        return len(self.pending) + max(0, self.backlog - self.pending.unfinished(Work.REPAIR))
+
+    def cast_doubt(self) -> None:
+        """Changes may have been missed: no scan that began before now counts, and none is complete any more."""
+        self.scan.wanted, self.scan.counted, self.barrier = True, False, None
+        self.doubts += 1
+
+    def forget(self) -> None:
+        """Forget every key that waits; those in the backlog stay there."""
+        self.pending.clear()
+        self.settled.clear()
+        self.drained = 0
 
     def scan_drained(self) -> bool:
         """Whether every key that a scan found has been judged."""

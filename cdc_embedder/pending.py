@@ -6,16 +6,20 @@ being worked on makes it dirty: it waits again when that work ends, whatever cam
 
 Three classes of work: live before repair before scan. A live change to a key that waits for a scan lifts it up; a
 scan that meets a waiting key changes nothing about it.
+
+Rule 8: what holds the watermark for too long is written to the backlog (`holding`, then `spilled` when that is durable)
+and forgotten here, unless it is in flight; `restore` takes it up again. `finish` tells which backlog rows are settled.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from cdc_embedder.lsn import LSN, ZERO
 from cdc_embedder.watermark import Position, Watermark
 
 Key = tuple[str, ...]
@@ -34,12 +38,15 @@ class Work(IntEnum):
 class Reason:
     """Why a key has to be judged: since when (monotonic seconds), and which transactions asked for it.
 
-    `position` belongs to the oldest such transaction, `xid` to the latest; both are None for a scan's wish.
+    `position` belongs to the oldest such transaction, `xid` and `last` (its commit LSN) to the latest; a scan's wish
+    has none of them. `seq`: the version of the backlog row that stands for the key as well.
     """
 
     since: float
     position: Position | None = None
     xid: int | None = None
+    last: LSN = ZERO
+    seq: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +64,21 @@ class Entry:
     dirty: Reason | None = None
     wished: bool = False
     tries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """What the backlog has to know about a key, as it was when it was asked."""
+
+    entry: Entry
+    reason: Reason
+    first: LSN
+    last: LSN
+    xid: int
+
+    @property
+    def key(self) -> Key:
+        return self.entry.key
 
 
 class Pending:
@@ -102,9 +124,11 @@ class Pending:
         else:
             reason = entry.reason
         if reason.position is None:
-            reason.position = position
+            reason.position, reason.since = position, now
             self._watermark.hold(position)
-        reason.xid = xid
+            if reason is entry.reason:
+                self._entries[key] = self._entries.pop(key)
+        reason.xid, reason.last = xid, position.commit
 
     def want(self, key: Key, work: Work, now: float) -> None:
         """A scan or a retry wants the row with this key judged; what is known about it already stays."""
@@ -132,12 +156,18 @@ class Pending:
             taken.append(entry)
         return taken
 
-    def finish(self, entries: Iterable[Entry]) -> None:
-        """A fetch judged these keys done, and what it saw is durable. Dirty ones wait again; forgotten ones do not."""
+    def finish(self, entries: Iterable[Entry]) -> list[tuple[Key, int]]:
+        """A fetch judged these keys done, and what it saw is durable. Dirty ones wait again; forgotten ones do not.
+
+        Returns (key, seq) of the backlog rows that are settled by it.
+        """
+        settled = []
         for entry in entries:
             if self._entries.get(entry.key) is not entry:
                 continue
             entry.in_flight, entry.tries = False, 0
+            if entry.reason.seq is not None:
+                settled.append((entry.key, entry.reason.seq))
             if entry.reason.position is not None:
                 self._watermark.release(entry.reason.position)
             del self._entries[entry.key]
@@ -148,6 +178,7 @@ class Pending:
                 entry.reason, entry.dirty = entry.dirty, None
                 self._entries[entry.key] = entry
                 self._enqueue(entry)
+        return settled
 
     def give_back(self, entries: Iterable[Entry], now: float, delay_s: float = 0.0) -> None:
         """Nothing was decided about these keys: they wait again, `delay_s` at least, their position still held."""
@@ -174,6 +205,53 @@ class Pending:
             self._enqueue(entry)
         return self._delayed[0][0] if self._delayed else None
 
+    def holding(self, since: float, limit: int) -> list[Spill]:
+        """Up to `limit` of the keys that hold the watermark since `since` or longer, oldest first."""
+        found: list[Spill] = []
+        for entry in self._entries.values():
+            if entry.reason.since > since or len(found) >= limit:
+                break
+            for reason in _reasons(entry):
+                if reason.position is not None and reason.xid is not None and reason.since <= since:
+                    found.append(Spill(entry, reason, reason.position.commit, reason.last, reason.xid))
+        return found
+
+    def spilled(self, spills: Sequence[tuple[Spill, int]]) -> None:
+        """The backlog has these keys durably, as rows of the given seq: they hold the watermark no longer.
+
+        A key that was changed again meanwhile holds it still, and is to be spilled again.
+        """
+        gone = False
+        for spill, seq in spills:
+            entry, reason = spill.entry, spill.reason
+            if self._entries.get(entry.key) is not entry or not any(reason is held for held in _reasons(entry)):
+                continue  # judged meanwhile: the backlog's row will be found done
+            if reason.xid != spill.xid or reason.position is None:
+                continue
+            self._watermark.release(reason.position)
+            reason.position, reason.seq = None, seq
+            if not entry.in_flight:
+                self._forget(entry)
+                gone = True
+        if gone:
+            self._compact()
+
+    def restore(self, key: Key, seq: int, xid: int | None, now: float) -> None:
+        """The backlog says that the row with this key has to be judged. `xid`: None where it is visible to all."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._add(key, Work.REPAIR, now)
+            entry.reason.xid, entry.reason.seq = xid, seq
+            return
+        if any(reason.seq == seq for reason in _reasons(entry)):
+            return
+        reason = entry.reason
+        if entry.in_flight:
+            reason = entry.dirty = entry.dirty or Reason(now)
+        reason.seq = seq
+        if reason.xid is None:
+            reason.xid = xid
+
     def clear(self) -> None:
         """Forget every key: the column is no longer served, and nothing of it holds the watermark."""
         for entry in self._entries.values():
@@ -191,12 +269,23 @@ class Pending:
     def rebase(self, watermark: Watermark) -> None:
         """The stream starts again from what was confirmed, so that every commit held here arrives once more.
 
-        The keys stay; they hold nothing until the new stream asks for them again.
+        The keys that wait for such a commit are forgotten until then. The others stay, and those in flight, which hold
+        nothing until the new stream asks for them again.
         """
         self._watermark = watermark
-        for entry in self._entries.values():
+        for entry in list(self._entries.values()):
+            if entry.reason.position is not None and not entry.in_flight:
+                self._forget(entry)
             for reason in _reasons(entry):
                 reason.position = None
+        self._compact()
+
+    def _forget(self, entry: Entry) -> None:
+        """Of an entry that waits or is delayed; `_compact` is to follow."""
+        del self._entries[entry.key]
+        self._unfinished[entry.work] -= 1
+        self._waiting[entry.work] -= not entry.delayed
+        self._wishes -= entry.wished
 
     def _add(self, key: Key, work: Work, now: float) -> Entry:
         entry = self._entries[key] = Entry(key, work, Reason(now))
@@ -219,10 +308,22 @@ class Pending:
         if waits:
             self._enqueue(entry)
 
+    def _compact(self) -> None:
+        """Forget the places of entries that are not here any more: nothing might ever take them."""
+
+        def here(entry: Entry) -> bool:
+            return self._entries.get(entry.key) is entry
+
+        self._queues = tuple(deque(filter(here, queue)) for queue in self._queues)
+        self._delayed = [place for place in self._delayed if here(place[2])]
+        heapq.heapify(self._delayed)
+
     def _merge(self, entry: Entry, later: Reason) -> None:
         """The older commit keeps its hold, the later xid decides about visibility."""
         if later.xid is not None:
-            entry.reason.xid = later.xid
+            entry.reason.xid, entry.reason.last = later.xid, later.last
+        if later.seq is not None:
+            entry.reason.seq = later.seq
         if later.position is None:
             return
         if entry.reason.position is None:

@@ -3,8 +3,9 @@
     stream ─messages→ router ─keys→ Pending ─keys→ fetch ─texts→ embed ─vectors→ write ─done→ watermark → stream
 
 Stages overlap: while the model works on one batch, the next is being fetched and the last one written; between two
-stages waits one batch, no more. A batch leaves as soon as the device is free. Reading pauses when Pending is full;
-status updates go on. What comes back without a decision waits again, its commit unconfirmed.
+stages waits one batch, no more. A batch leaves as soon as the device is free. What comes back without a decision waits
+again, its commit unconfirmed. Beside the stages keys are spilled to the backlog before they hold the slot for too long,
+and taken up again (`spilling`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import psycopg
 
+from cdc_embedder import failpoints
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import InputType, Vectors
@@ -25,19 +27,23 @@ from cdc_embedder.embedding.isolation import embed_isolating
 from cdc_embedder.errors import ColumnFault, EmbedderDown, Problem, ServerGone, Temporary
 from cdc_embedder.following import Configuration
 from cdc_embedder.lane import Lane
-from cdc_embedder.pending import Entry, Pending, Work
+from cdc_embedder.pending import Entry, Key, Pending, Work
 from cdc_embedder.routing import Router
 from cdc_embedder.rows import scan
 from cdc_embedder.rows.fetch import Fetch, Row, Verdict
 from cdc_embedder.rows.session import Connection
-from cdc_embedder.rows.writeback import Write
+from cdc_embedder.rows.writeback import KILLED_THE_PROCESS, Write
 from cdc_embedder.rows.writers import Writers
 from cdc_embedder.scheduling import Candidate, Scheduler
+from cdc_embedder.suspecting import Watch
 from cdc_embedder.wal.stream import ReplicationStream
 
 log = logging.getLogger(__name__)
 
 now = time.monotonic
+
+SPILL_SHARE = 0.75
+"""Of the keys that may be held in memory: from here on the oldest are spilled; at the limit reading pauses."""
 
 INVISIBLE_SECONDS = 0.01
 """First wait for a transaction that is decoded and not visible yet; doubles up to RETRY_SECONDS."""
@@ -47,6 +53,9 @@ RETRY_SECONDS = 2.0
 
 RETRY_POLL_SECONDS = 5.0
 """How often the ledgers are asked for failed rows whose time has come."""
+
+TRIAL_SECONDS = 5.0
+"""How long the service has worked before suspects are tried, alone: what kills us every few seconds is not a row."""
 
 HALF_LARGEST = 65504.0
 """The greatest number that halfvec's elements can hold; only vectors that are not normalized come near it."""
@@ -69,15 +78,26 @@ class Batch:
 class Pipeline:
     """One connection's worth of work. `stop` makes the stages finish what they have in hand, in order."""
 
-    def __init__(self, configuration: Configuration, fetcher: Connection, writers: Writers, max_pending: int) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        fetcher: Connection,
+        writers: Writers,
+        watch: Watch,
+        max_pending: int,
+    ) -> None:
         self._configuration = configuration
         self._fetcher = fetcher
         self._writers = writers
-        self._max_pending = max_pending
+        self._watch = watch
+        self._began = now()
+        self.max_pending = max_pending
         self._scheduler = Scheduler()
         self._fetches: dict[int, tuple[EmbeddingColumn, Fetch]] = {}
         self._work = asyncio.Event()
-        self._room = asyncio.Event()
+        self.room = asyncio.Event()
+        self.full = asyncio.Event()
+        self.settled = asyncio.Event()
         self._taken = asyncio.Event()
         self._taken.set()
         self._stopping = asyncio.Event()
@@ -90,9 +110,14 @@ class Pipeline:
         return list(self._configuration.lanes.values())
 
     @property
-    def pending(self) -> int:
-        """Keys that wait or are in flight, of all columns."""
-        return sum(len(lane.pending) for lane in self._configuration.lanes.values())
+    def held(self) -> int:
+        """Live keys in memory, of all columns; scans and repairs are bounded each for itself."""
+        return sum(lane.pending.unfinished(Work.LIVE) for lane in self._configuration.lanes.values())
+
+    @property
+    def crowded(self) -> bool:
+        """Whether memory is short: the oldest keys are to be spilled."""
+        return self.held >= self.max_pending * SPILL_SHARE
 
     def wake(self) -> None:
         """Something may have become possible: there is work, or a model, or room."""
@@ -108,7 +133,9 @@ class Pipeline:
         if self.stream is not None:
             watermark = self._configuration.watermark
             watermark.idle(self.stream.idle_through)
-            self.stream.confirm(watermark.flushed)
+            if watermark.flushed > self.stream.confirmed:
+                self.stream.confirm(watermark.flushed)
+                failpoints.reached("confirmed")
 
     async def read(self, stream: ReplicationStream, router: Router) -> None:
         """Route what the stream delivers, until cancelled. Raises what the stream raises."""
@@ -119,10 +146,14 @@ class Pipeline:
                 if router.unusable or any(lane.route.missed for lane in self.lanes):
                     router.unusable.clear()
                     self._configuration.wake.set()
+            failpoints.reached("received")
             self.confirm()
-            while self.pending >= self._max_pending:
-                self._room.clear()
-                await self._room.wait()
+            while self.crowded:
+                self.full.set()
+                if self.held < self.max_pending:
+                    break
+                self.room.clear()
+                await self.room.wait()
 
     async def fetch(self) -> None:
         """Take the keys whose turn it is, judge them, pass on what needs the model or a write."""
@@ -145,6 +176,8 @@ class Pipeline:
             self._taken.set()
             if await self._embed(batch):
                 await self._to_write.put(batch)
+            if self._to_embed.empty():
+                await self._watch.clear()
         await self._to_write.put(None)
 
     async def write(self) -> None:
@@ -152,7 +185,7 @@ class Pipeline:
         while (batch := await self._to_write.get()) is not None:
             await self._write(batch)
             self.confirm()
-            self._room.set()
+            self.room.set()
             self._work.set()
 
     async def retry(self, connection: Connection) -> None:
@@ -165,7 +198,7 @@ class Pipeline:
                 try:
                     due = await scan.due(connection, lane.column, scan.PAGE)
                 except psycopg.Error as error:
-                    await self._trouble(lane, from_database(error, f"looking for failed rows of {lane.column.label}"))
+                    await self.trouble(lane, from_database(error, f"looking for failed rows of {lane.column.label}"))
                     continue
                 for key in due:
                     lane.pending.want(key, Work.REPAIR, now())
@@ -187,7 +220,7 @@ class Pipeline:
         self._work.clear()
         present = now()
         times = [lane.pending.wake(present) for lane in self.lanes] + [
-            lane.down_until for lane in self.lanes if lane.down_until > present
+            lane.breaker.until for lane in self.lanes if lane.breaker.state(present) == "open"
         ]
         due = min((time for time in times if time is not None), default=present + 1.0)
         with contextlib.suppress(TimeoutError):
@@ -196,14 +229,15 @@ class Pipeline:
 
     async def _judge(self, lane: Lane, chosen: Candidate) -> Batch | None:
         column, pending = lane.column, lane.pending
-        entries = pending.take(chosen.work, lane.embed_size.rows, now())
+        limit = 1 if lane.breaker.state(now()) == "half-open" else lane.embed_size.rows
+        entries = pending.take(chosen.work, limit, now())
         if not entries:
             return None
         try:
             snapshot, rows = await self._fetch_of(column).rows([entry.key for entry in entries])
         except psycopg.Error as error:
             pending.give_back(entries, now(), RETRY_SECONDS)
-            await self._trouble(lane, from_database(error, f"reading {column.label}"))
+            await self.trouble(lane, from_database(error, f"reading {column.label}"))
             return None
         done, invisible, later = [], [], []
         batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32))
@@ -217,14 +251,38 @@ class Pipeline:
             else:
                 batch.entries.append(entry)
                 batch.rows.append(row)
-        pending.finish(done)
+        failpoints.reached("fetched")
+        if lane.suspects:
+            await self._try_suspects(batch, done)
+        self.settle(lane, pending.finish(done))
         pending.give_back(later, now())
         for entry in invisible:
             pending.give_back([entry], now(), min(RETRY_SECONDS, INVISIBLE_SECONDS * 2 ** min(entry.tries, 10)))
         if done:
             self.confirm()
-            self._room.set()
+            self.room.set()
         return batch if batch.entries else None
+
+    async def _try_suspects(self, batch: Batch, done: list[Entry]) -> None:
+        """Rule 7: what was with the model when a process died is tried alone, after everything else."""
+        suspects, lane = batch.lane.suspects, batch.lane
+        void = [entry.key for entry in done if entry.key in suspects]
+        others: list[int] = []
+        alone: list[int] = []
+        for index, (entry, row) in enumerate(zip(batch.entries, batch.rows, strict=True)):
+            suspect = suspects.get(entry.key)
+            if suspect is not None and (row.verdict is not Verdict.EMBED or row.fingerprint != suspect.fingerprint):
+                void.append(entry.key)
+                suspect = None
+            (others if suspect is None or suspect.guilty else alone).append(index)
+        if void:
+            await self._watch.acquit(lane, void)
+        early = now() < self._began + TRIAL_SECONDS
+        kept = others if others or early else alone[:1]
+        delay = TRIAL_SECONDS / 10 if others or early else 0.0
+        batch.pending.give_back([batch.entries[index] for index in alone if index not in kept], now(), delay)
+        batch.entries[:] = [batch.entries[index] for index in kept]
+        batch.rows[:] = [batch.rows[index] for index in kept]
 
     def _fetch_of(self, column: EmbeddingColumn) -> Fetch:
         known = self._fetches.get(column.id)
@@ -239,7 +297,10 @@ class Pipeline:
         where: list[int] = []
         errors: dict[int, str] = {}
         for index, row in enumerate(batch.rows):
-            if row.verdict is Verdict.EMBED and row.text is not None:
+            suspect = lane.suspects.get(batch.entries[index].key)
+            if suspect is not None and suspect.guilty:
+                errors[index] = KILLED_THE_PROCESS
+            elif row.verdict is Verdict.EMBED and row.text is not None:
                 try:
                     texts.append(row.text.decode())
                     where.append(index)
@@ -250,9 +311,10 @@ class Pipeline:
         started = now()
         if texts:
             embedder = lane.embedder
-            if embedder is None or lane.column.model != column.model:
+            if embedder is None or lane.column.model != column.model or lane.breaker.state(now()) == "open":
                 batch.pending.give_back(batch.entries, now(), INVISIBLE_SECONDS)
                 return False
+            await self._watch.note(column, [(batch.entries[n].key, batch.rows[n].fingerprint or b"") for n in where])
             try:
                 outcome = await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
             except EmbedderDown as problem:
@@ -272,14 +334,18 @@ class Pipeline:
         self._scheduler.account(batch.chosen, elapsed + 1e-6 * len(batch.rows))
         if texts:
             lane.embed_size.took(len(batch.entries), elapsed)
-            lane.failures, lane.trouble = 0, ""
+            lane.breaker.succeeded()
+            lane.trouble = ""
+            failpoints.reached("embedded")
+            if lane.suspects and (tried := [key for n in where if (key := batch.entries[n].key) in lane.suspects]):
+                await self._watch.acquit(lane, tried)
         batch.writes = [
             Write(
                 entry.key,
                 row.fingerprint or b"",
                 has_vector=row.verdict is Verdict.EMBED and index not in errors,
                 truncated=index in truncated,
-                keep=index in errors and row.failures == 0,
+                keep=index in errors and row.failures == 0 and errors[index] is not KILLED_THE_PROCESS,
                 error=errors.get(index),
             )
             for index, (entry, row) in enumerate(zip(batch.entries, batch.rows, strict=True))
@@ -290,9 +356,7 @@ class Pipeline:
     def _down(self, batch: Batch, problem: EmbedderDown) -> None:
         """Trouble of the device or the network: nothing is counted against a row; the column rests, its keys wait."""
         lane = batch.lane
-        lane.failures += 1
-        rest = problem.retry_after or min(60.0, 0.5 * 2 ** min(lane.failures, 8))
-        lane.down_until = now() + rest
+        rest = lane.breaker.failed(now(), problem.retry_after)
         lane.trouble = lane.last_error = problem.sentence
         log.warning("%s: %s; trying again in %.1f s", lane.column.label, problem.sentence, rest)
         batch.pending.give_back(batch.entries, now())
@@ -308,13 +372,16 @@ class Pipeline:
                 await self._not_written(batch, chunk, from_database(error, f"writing {batch.column.label}"))
             else:
                 size.took(len(batch.writes[chunk]), now() - began)
-                self._written(batch, chunk, done)
+                await self._written(batch, chunk, done)
             start = chunk.stop
 
-    def _written(self, batch: Batch, chunk: slice, done: set[int]) -> None:
+    async def _written(self, batch: Batch, chunk: slice, done: set[int]) -> None:
+        failpoints.reached("written")
         lane = batch.lane
         entries, writes = batch.entries[chunk], batch.writes[chunk]
-        batch.pending.finish(entry for index, entry in enumerate(entries) if index in done)
+        self.settle(lane, batch.pending.finish(entry for index, entry in enumerate(entries) if index in done))
+        if killers := [writes[index].key for index in done if writes[index].error is KILLED_THE_PROCESS]:
+            await self._watch.sentence(lane, killers)
         for index, entry in enumerate(entries):
             if index not in done:
                 batch.pending.give_back([entry], now(), min(RETRY_SECONDS, 0.02 * 2 ** min(entry.tries, 7)))
@@ -350,7 +417,7 @@ class Pipeline:
                 await self._write_part(batch, chunk)
                 return
         batch.pending.give_back(entries, now(), RETRY_SECONDS)
-        await self._trouble(batch.lane, problem)
+        await self.trouble(batch.lane, problem)
 
     async def _write_part(self, batch: Batch, part: slice) -> None:
         try:
@@ -358,14 +425,21 @@ class Pipeline:
         except psycopg.Error as error:
             await self._not_written(batch, part, from_database(error, f"writing {batch.column.label}"))
         else:
-            self._written(batch, part, done)
+            await self._written(batch, part, done)
 
-    async def _trouble(self, lane: Lane, problem: Problem) -> None:
+    def settle(self, lane: Lane, settled: list[tuple[Key, int]]) -> None:
+        """These rows of the backlog may be removed."""
+        if settled:
+            lane.settled += settled
+            self.settled.set()
+
+    async def trouble(self, lane: Lane, problem: Problem) -> None:
         """Raise what concerns the connection, note what passes, pause the column for the rest."""
         if isinstance(problem, ServerGone):
             raise problem
         if isinstance(problem, Temporary):
-            log.info("%s; trying again", problem.sentence)
+            full = (problem.sqlstate or "").startswith("53")  # disk, memory: somebody has to know
+            log.log(logging.WARNING if full else logging.INFO, "%s; trying again", problem.sentence)
             return
         await self._configuration.fail(lane, problem if isinstance(problem, ColumnFault) else ColumnFault(str(problem)))
         self._configuration.wake.set()

@@ -12,10 +12,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import psycopg
-from psycopg import sql
 
-from cdc_embedder.errors import Misconfigured, SlotBusy
-from cdc_embedder.rows import requests
+from cdc_embedder.errors import Misconfigured
+from cdc_embedder.lsn import LSN
+from cdc_embedder.rows import backlog, requests
 from cdc_embedder.rows.session import Connection, connect, one
 from cdc_embedder.wal import slot as slots
 
@@ -36,6 +36,7 @@ class Taken:
     slot: str
     plugin: str
     server_encoding: str
+    confirmed: LSN | None
 
 
 async def check_server(connection: Connection, slot: str) -> None:
@@ -64,15 +65,18 @@ async def check_server(connection: Connection, slot: str) -> None:
         )
 
 
-async def take_advisory_lock(connection: Connection, slot: str) -> None:
-    """The lock beside the slot, held as long as the session lives. Raises SlotBusy."""
+async def take_advisory_lock(connection: Connection, slot: str) -> bool:
+    """The lock beside the slot, held as long as the session lives; False where another instance has it."""
     row = await one(connection, "SELECT pg_try_advisory_lock(hashtextextended('cdc_embedder:' || $1, 0))", (slot,))
-    if row is None or not row[0]:
-        raise SlotBusy(f"another instance serves the slot {slot}; this one is ready to take over")
+    return bool(row and row[0])
 
 
-async def take_slot(connection: Connection, dsn: str, slot: str, plugin: str, refused: Collection[str]) -> Taken:
+async def take_slot(
+    connection: Connection, dsn: str, slot: str, plugin: str, refused: Collection[str], *, spoiled: bool = False
+) -> Taken:
     """Find the slot, or make it: an existing slot's plugin wins, unless the server is known to have `refused` it.
+
+    `spoiled`: the slot cannot get past some change, and is made anew.
 
     Raises Problem; Misconfigured where an operator must act.
     """
@@ -82,8 +86,14 @@ async def take_slot(connection: Connection, dsn: str, slot: str, plugin: str, re
             f"the slot {slot} uses the output plugin {found.plugin}, which is not understood",
             hint="give CDC_EMBEDDER_SLOT another name, or drop the slot",
         )
-    if found is not None and (found.lost or found.plugin in refused):
-        reason = f"was invalidated ({found.invalidation_reason})" if found.lost else f"uses {found.plugin}, refused now"
+    if found is not None and (found.lost or found.plugin in refused or spoiled):
+        reason = (
+            f"was invalidated ({found.invalidation_reason})"
+            if found.lost
+            else "is stuck"
+            if spoiled
+            else f"uses {found.plugin}, refused now"
+        )
         log.error("the slot %s %s: it is made anew, and everything is scanned", slot, reason)
         await _want_all(connection, slot, "the slot was made anew")
         await slots.drop(connection, slot)
@@ -93,9 +103,10 @@ async def take_slot(connection: Connection, dsn: str, slot: str, plugin: str, re
     else:
         used = found.plugin
     await _settle_publication(connection, slot, used)
+    await _look_at_history(connection, slot)
     row = await one(connection, "SELECT getdatabaseencoding()")
     assert row is not None
-    return Taken(slot, used, row[0])
+    return Taken(slot, used, row[0], found.confirmed_flush_lsn if found is not None else None)
 
 
 async def _make_slot(connection: Connection, dsn: str, slot: str, plugin: str) -> str:
@@ -110,6 +121,16 @@ async def _make_slot(connection: Connection, dsn: str, slot: str, plugin: str) -
         patience.cancel()
     log.info("made the slot %s with the plugin %s", slot, used)
     return used
+
+
+async def _look_at_history(connection: Connection, slot: str) -> None:
+    """Rule 10: after a failover, a restore or an upgrade the slot may be there and yet have missed something."""
+    if await requests.elsewhere(connection, slot):
+        log.warning(
+            "the slot %s was served on another timeline, cluster or database before: everything is scanned", slot
+        )
+        await _want_all(connection, slot, "another timeline, cluster or database")
+        await backlog.forget_transactions(connection, slot)
 
 
 async def _explain_waiting(dsn: str) -> None:
@@ -128,15 +149,8 @@ async def _want_all(connection: Connection, slot: str, reason: str) -> None:
 
 
 async def _make_publication(connection: Connection, slot: str) -> None:
-    """Empty and before the slot: otherwise 14 to 17 stick at the first change, and 18 passes changes over."""
-    if await one(connection, "SELECT FROM pg_publication WHERE pubname = $1", (slot,)) is not None:
-        return
     try:
-        await connection.execute(
-            sql.SQL(
-                "CREATE PUBLICATION {} WITH (publish = 'insert, update', publish_via_partition_root = true)"
-            ).format(sql.Identifier(slot))
-        )
+        await requests.make_publication(connection, slot)
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             f"the publication {slot} is missing and the service's role may not create it", hint="run: cdc-embedder init"

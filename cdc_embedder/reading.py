@@ -130,7 +130,10 @@ class Reading:
         return stream, router
 
     def _warned(self, message: str) -> None:
+        """PostgreSQL 18 passes changes over, with a warning, where the publication is missing (rule 10)."""
         log.warning("the server warns: %s", message)
+        if self._taken.plugin == "pgoutput":
+            self._configuration.doubt("the server warned that changes were passed over")
 
     def _tables(self) -> Tables:
         """What wal2json must deliver: every name that a configured table or a partition of it has, or was known by."""

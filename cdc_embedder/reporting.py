@@ -6,13 +6,11 @@ An idle service writes nothing, so that the server's WAL position stands still.
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 from collections.abc import Callable
 
 from cdc_embedder.lane import Lane
 from cdc_embedder.lsn import LSN
-from cdc_embedder.rows import requests
+from cdc_embedder.rows import backlog, requests
 from cdc_embedder.rows.session import Connection
 
 PERIOD_SECONDS = 1.0
@@ -25,19 +23,21 @@ class Reporter:
         self,
         connection: Connection,
         slot: str,
+        service: str,
         lanes: Callable[[], list[Lane]],
         position: Callable[[], tuple[LSN, LSN, int]],
         now: Callable[[], float],
     ) -> None:
         self._connection = connection
         self._slot = slot
+        self._service = service
         self._lanes = lanes
         self._position = position
         self._now = now
         self._told: dict[int, object] = {}
         self._embedded: dict[int, int] = {}
         self._rates: dict[int, float] = {}
-        self._progress: tuple[LSN, int] | None = None
+        self._progress: tuple[LSN, LSN, int] | None = None
 
     async def run(self) -> None:
         """For ever. Raises psycopg.Error as it comes."""
@@ -50,11 +50,15 @@ class Reporter:
         for lane in self._lanes():
             await self._lane(lane)
         received, confirmed, changes = self._position()
-        if self._progress is None or (changes != self._progress[1] and confirmed > self._progress[0]):
-            await requests.progress(
-                self._connection, self._slot, received, confirmed, f"{socket.gethostname()}/{os.getpid()}"
-            )
-            self._progress = (confirmed, changes)
+        spilled = [await backlog.spilled_from(self._connection, lane.column) for lane in self._lanes() if lane.backlog]
+        embedded = min([confirmed, *(lsn for lsn in spilled if lsn is not None)])
+        if self._progress is not None:
+            last_embedded, last_confirmed, last_changes = self._progress
+            drained = last_embedded < last_confirmed and embedded > last_embedded
+            if not drained and (changes == last_changes or confirmed <= last_confirmed):
+                return
+        await requests.progress(self._connection, self._slot, received, embedded, confirmed, self._service)
+        self._progress = embedded, confirmed, changes
 
     async def _lane(self, lane: Lane) -> None:
         id, scan = lane.column.id, lane.scan
@@ -65,7 +69,8 @@ class Reporter:
         oldest = lane.pending.oldest
         oldest_s = None if oldest is None else round(self._now() - oldest, 3)
         counts = (scan.rows, scan.null, scan.current, scan.failed, scan.truncated)
-        told = (lane.state, len(lane.pending), oldest_s, round(rate, 2), counts, lane.last_error)
+        breaker = lane.breaker.state(self._now())
+        told = (lane.state, lane.outstanding, lane.backlog, oldest_s, round(rate, 2), breaker, counts, lane.last_error)
         if told != self._told.get(id):
-            await requests.report(self._connection, lane, oldest_s, round(rate, 2))
+            await requests.report(self._connection, lane, oldest_s, round(rate, 2), breaker)
             self._told[id] = told

@@ -65,7 +65,7 @@ class Router:
                 case Begin():
                     if self._position is not None:
                         raise ProtocolError("a transaction arrived inside another one")
-                    self._position = self._watermark.begin()
+                    self._position = self._watermark.begin(message.commit_lsn)
                     self._xid, self._echo = message.xid, False
                 case Commit():
                     if self._position is None:

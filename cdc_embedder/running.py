@@ -1,4 +1,4 @@
-"""The service as a process: signals in, exit status out."""
+"""The service as a process: signals in, exit status out, and its health for who asks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 
+from cdc_embedder import web
 from cdc_embedder.service import Service
 from cdc_embedder.settings import Settings
 
@@ -28,7 +29,8 @@ def frames_of(error: BaseException) -> str:
 
 
 async def _run(settings: Settings) -> None:
-    service = Service(settings)
+    health = web.Health()
+    service = Service(settings, health)
     signalled = False
 
     def stop() -> None:
@@ -36,9 +38,11 @@ async def _run(settings: Settings) -> None:
         if signalled:
             os._exit(1)  # nothing is lost: what is not confirmed is read again
         signalled = True
+        health.stopping()
         service.stop()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    await service.run()
+    async with web.serving(settings.http_address, health, settings.slot, explicit=settings.http_is_explicit):
+        await service.run()

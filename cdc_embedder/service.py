@@ -1,8 +1,9 @@
 """The life of the service: connect, take the slot, run a pipeline, reconnect, stop.
 
-One consumer (rule 9): whoever holds the advisory lock and the slot works; another instance waits and takes over. Any
-loss of a connection ends the pipeline as a whole, and the next one starts from what the slot says: there is no other
-store of position. Models stay loaded from one to the next.
+One consumer (rule 9): whoever holds the advisory lock and the slot works; another instance waits on one idle session
+and takes over. Whoever takes over has a term of its own, so that a predecessor that was only frozen can write nothing
+any more. Any loss of a connection ends the pipeline as a whole, and the next one starts from what the slot says: there
+is no other store of position. Models stay loaded from one to the next.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
+import socket
 import time
+import uuid
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
@@ -21,16 +25,22 @@ import psycopg
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.registry import Embedders
 from cdc_embedder.errors import Problem, SlotBusy, Temporary
-from cdc_embedder.following import Configuration
+from cdc_embedder.following import POLL_SECONDS, Configuration
 from cdc_embedder.pipeline import Pipeline
-from cdc_embedder.preparation import check_server, take_advisory_lock, take_slot
+from cdc_embedder.preparation import Taken, check_server, take_advisory_lock, take_slot
 from cdc_embedder.reading import Reading
 from cdc_embedder.reporting import Reporter
+from cdc_embedder.rows import crashes, requests
 from cdc_embedder.rows.session import Connection, connect
-from cdc_embedder.rows.writers import Writers, set_up_origin
+from cdc_embedder.rows.writeback import Term
+from cdc_embedder.rows.writers import Writers, set_up_origin, suppress_triggers
 from cdc_embedder.scanning import Scanner
 from cdc_embedder.settings import Settings
+from cdc_embedder.spilling import Spiller
+from cdc_embedder.suspecting import Watch
+from cdc_embedder.wal.diagnosis import SlotStuck
 from cdc_embedder.wal.slot import PluginRefused
+from cdc_embedder.web import Health
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +51,20 @@ LONGEST_BACKOFF_SECONDS = 30.0
 WORKED_SECONDS = 2.0
 """A session that lasted longer had found its server: trouble after that is new trouble."""
 
+STUCK_TRIES = 5
+"""How often a change that the server cannot decode is tried again before the slot is made anew."""
+
 
 class Service:
     """`run` works until `stop` is called; it raises only what an operator must act on."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, health: Health | None = None) -> None:
         self._settings = settings
+        self._health = health or Health()
+        self._name = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+        self._spoiled = False
+        self._stuck: tuple[object, int] = (None, 0)
+        self._taken: Taken | None = None
         self._dsn = settings.dsn.get_secret_value()
         replication = settings.replication_dsn
         self._replication_dsn = replication.get_secret_value() if replication is not None else self._dsn
@@ -65,32 +83,46 @@ class Service:
 
     async def run(self) -> None:
         """Run sessions, one after another. Raises Problem for what trying again cannot mend."""
-        failures, waiting = 0, False
+        failures = 0
         try:
             while not self._stop.is_set():
                 began = time.monotonic()
                 try:
                     await self._session()
                     failures = 0
-                except SlotBusy as problem:
-                    if not waiting:
-                        log.info("waiting: %s", problem.sentence)
-                    waiting = True
+                except SlotBusy as problem:  # the slot without the lock: its last reader is being found dead
+                    self._wait(problem.sentence)
                     await self._rest(BUSY_SECONDS)
-                    continue
                 except PluginRefused as problem:
                     if self._settings.output_plugin != "auto" or self._refused:
                         raise
                     log.error("%s", problem.sentence)
                     self._refused.add("wal2json")
+                except SlotStuck as problem:
+                    self._is_stuck(problem)
+                    await self._rest(BUSY_SECONDS)
                 except Temporary as problem:
                     failures = 1 if time.monotonic() - began > WORKED_SECONDS else failures + 1
                     rest = min(LONGEST_BACKOFF_SECONDS, 0.25 * 2**failures) * random.uniform(0.5, 1.0)
                     log.warning("%s; trying again in %.1f s", problem.sentence, rest)
+                    self._health.away(problem.sentence)
                     await self._rest(rest)
-                waiting = False
         finally:
             self._embedders.close()
+
+    def _wait(self, reason: str) -> None:
+        """Say once that this instance waits."""
+        if self._health.role != "waiting":
+            log.info("waiting: %s", reason)
+            self._health.waiting(reason)
+
+    def _is_stuck(self, problem: SlotStuck) -> None:
+        """Waiting mends some errors of decoding; one that comes again at the same place does not go away."""
+        place, tries = self._stuck
+        here = None if self._taken is None else self._taken.confirmed
+        self._stuck = (here, tries + 1 if here == place else 1)
+        self._spoiled = problem.for_ever or self._stuck[1] >= STUCK_TRIES
+        log.error("%s", problem.sentence)
 
     async def _rest(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -110,40 +142,70 @@ class Service:
 
     async def _work(self, stack: AsyncExitStack) -> None:
         settings, slot = self._settings, self._settings.slot
-        control = await self._connect(stack, "control")
+        # A process that is frozen must not hold the lock for ever: this session has something to say every few seconds.
+        timeout_s = max(settings.wal_sender_timeout_s, 5 * POLL_SECONDS)
+        control = await self._connect(stack, "control", idle_session_timeout=str(int(timeout_s * 1000)))
         await check_server(control, slot)
-        await take_advisory_lock(control, slot)
-        taken = await self._unless_stopped(take_slot(control, self._dsn, slot, settings.output_plugin, self._refused))
+        while not await take_advisory_lock(control, slot):
+            self._wait(f"another instance serves the slot {slot}; this one is ready to take over")
+            await self._rest(BUSY_SECONDS)
+            if self._stop.is_set():
+                return
+        taken = await self._unless_stopped(
+            take_slot(control, self._dsn, slot, settings.output_plugin, self._refused, spoiled=self._spoiled)
+        )
         if taken is None:
             return
+        self._taken, self._spoiled = taken, False
+        term = Term(slot, await requests.take_term(control, slot, self._name))
+        suspects = await crashes.suspects(control, slot, self._name)
         plain, marked = await self._connect(stack, "write"), await self._connect(stack, "write marked")
+        suppressed = await suppress_triggers(plain) and await suppress_triggers(marked)
         origin = await set_up_origin(marked, slot)
-        writers = Writers(plain, marked if origin else None, origin)
+        writers = Writers(plain, marked if origin else None, origin, term, triggers_suppressed=suppressed)
         reading = Reading(self._replication_dsn, taken, origin, settings.wal_sender_timeout_s)
         configuration = Configuration(
-            control, slot, taken.plugin, self._embedders, time.monotonic, reading.changed, reading.covers
+            control,
+            slot,
+            taken.plugin,
+            self._embedders,
+            time.monotonic,
+            reading.changed,
+            reading.covers,
+            settings.scan_period_s,
+            suspects,
         )
         fetcher = await self._connect(stack, "fetch")
-        pipeline = Pipeline(configuration, fetcher, writers, settings.max_pending_keys)
+        notes = await self._connect(stack, "report", synchronous_commit="off")
+        watch = Watch(notes, slot, self._name)
+        pipeline = Pipeline(configuration, fetcher, writers, watch, settings.max_pending_keys)
         reading.attach(configuration, pipeline)
         stack.push_async_callback(reading.close, clean=False)
         await configuration.reload()
-        await self._run_stages(stack, configuration, pipeline, reading)
+        reporter = Reporter(notes, slot, self._name, lambda: pipeline.lanes, reading.position, time.monotonic)
+        await reporter.once()  # before the slot is active: what an earlier service said is not true any more
+        await self._run_stages(stack, configuration, pipeline, reading, reporter)
 
     async def _run_stages(
-        self, stack: AsyncExitStack, configuration: Configuration, pipeline: Pipeline, reading: Reading
+        self,
+        stack: AsyncExitStack,
+        configuration: Configuration,
+        pipeline: Pipeline,
+        reading: Reading,
+        reporter: Reporter,
     ) -> None:
-        reporter = Reporter(
-            await self._connect(stack, "report"),
-            self._settings.slot,
-            lambda: pipeline.lanes,
-            reading.position,
-            time.monotonic,
-        )
-        await reporter.once()  # before the slot is active: what an earlier service said is not true any more
         listener, retrier = await self._connect(stack, "listen"), await self._connect(stack, "retry")
+        spilling, spiller = await self._connect(stack, "spill"), Spiller(pipeline, self._settings.spill_after_s)
         scanning = await self._connect(stack, "scan", statement_timeout="0")
-        scanner = Scanner(scanning, lambda: pipeline.lanes, time.monotonic, pipeline.wake, configuration.fail)
+        scanner = Scanner(
+            scanning,
+            lambda: pipeline.lanes,
+            time.monotonic,
+            pipeline.wake,
+            configuration.fail,
+            self._settings.scan_period_s,
+        )
+        self._health.working()
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(work)
@@ -152,6 +214,8 @@ class Service:
                     configuration.listen(listener),
                     scanner.run(),
                     pipeline.retry(retrier),
+                    spiller.drain(retrier),
+                    spiller.spill(spilling),
                     reporter.run(),
                 )
             ]
@@ -165,6 +229,7 @@ class Service:
             for task in background:
                 task.cancel()
         await reading.close()
+        await spiller.settle(retrier)
         await reporter.once()
         log.info(
             "stopped, confirmed through %s; %d changes of our own were passed over",

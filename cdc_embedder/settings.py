@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from cdc_embedder.errors import Misconfigured
+from cdc_embedder.web import address
 
 PREFIX = "CDC_EMBEDDER_"
 
@@ -37,10 +38,21 @@ class Settings(BaseSettings):
         "auto", description="For a slot made anew; auto is wal2json where the server has and allows it, else pgoutput."
     )
     max_pending_keys: int = Field(
-        200_000, ge=1_000, description="Keys held in memory (about 400 bytes each); at the limit reading pauses."
+        200_000,
+        ge=1_000,
+        description="Changed keys held in memory (about 400 bytes each); more are spilled to the backlog tables.",
+    )
+    spill_after_s: float = Field(
+        10.0, ge=0.0, description="A key that holds the slot for longer is spilled to its backlog table, seconds."
+    )
+    scan_period_s: float = Field(
+        86_400.0, ge=1.0, description="Every row is compared with its ledger at least so often, slowly, seconds."
     )
     wal_sender_timeout_s: float = Field(
         60.0, ge=1.0, description="Silence after which either side gives the replication connection up, seconds."
+    )
+    http: str = Field(
+        "127.0.0.1:8700", description="Where /healthz and /readyz are served: host:port, [::1]:port, or off."
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
@@ -69,6 +81,21 @@ class Settings(BaseSettings):
             sources.append(TomlConfigSettingsSource(settings_cls, Path(str(file))))
         return tuple(sources)
 
+    @field_validator("http")
+    @classmethod
+    def _understood(cls, text: str) -> str:
+        address(text)
+        return text
+
+    @property
+    def http_address(self) -> tuple[str, int] | None:
+        return address(self.http)
+
+    @property
+    def http_is_explicit(self) -> bool:
+        """Somebody asked for just this address, so that doing without it would be wrong."""
+        return "http" in self.model_fields_set
+
     @property
     def allowed_api_key_envs(self) -> frozenset[str]:
         return frozenset(_split(self.api_key_envs))
@@ -90,7 +117,10 @@ def load(config: Path | None = None, **flags: Any) -> Settings:
     try:
         return WithFile(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
+        lines = [
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors(include_input=False)
+        ]
         raise Misconfigured("settings: " + "; ".join(lines)) from None
     except (ValueError, OSError) as error:  # the file is not TOML, or not readable
         raise Misconfigured(f"the configuration file {config} cannot be read: {error}") from error

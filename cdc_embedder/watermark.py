@@ -19,9 +19,11 @@ from cdc_embedder.lsn import LSN, ZERO
 
 @dataclass(slots=True, eq=False)
 class Position:
-    """One transaction of the stream: how much work it still holds, and where it ends once its commit was read."""
+    """One transaction of the stream: how much work it still holds, where its commit record begins (never confirmed,
+    only noted beside spilled keys) and where it ends, once its commit was read."""
 
     order: int
+    commit: LSN = ZERO
     held: int = 0
     end: LSN | None = None
 
@@ -44,9 +46,9 @@ class Watermark:
         """Transactions that are open, or whose work is not finished."""
         return len(self._positions)
 
-    def begin(self) -> Position:
-        """A transaction starts to arrive."""
-        position = Position(self._next)
+    def begin(self, commit: LSN = ZERO) -> Position:
+        """A transaction starts to arrive, whose commit record begins at `commit`."""
+        position = Position(self._next, commit)
         self._next += 1
         self._positions.append(position)
         return position

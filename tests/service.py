@@ -31,6 +31,7 @@ class Service:
             "CDC_EMBEDDER_SLOT": bench.slot,
             "CDC_EMBEDDER_OUTPUT_PLUGIN": bench.plugin,
             "CDC_EMBEDDER_LOG_LEVEL": "debug",
+            "CDC_EMBEDDER_HTTP": "off",
         } | environment
         self._log = Path(tempfile.mkstemp(prefix="cdc-embedder-", suffix=".log")[1])
         self._process: subprocess.Popen[bytes] | None = None

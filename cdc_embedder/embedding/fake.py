@@ -7,6 +7,7 @@ numbers are the bytes of an extendable hash. Its options make it slow, fussy or 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ OPTIONS = {
     "nan": "a text that contains this gets a vector of NaN",
     "down": "true: every call fails as if the device were gone",
     "down_while_exists": "the same for as long as this file exists",
+    "exit": "a text that contains this ends the process, as a crash inside a library does",
 }
 
 
@@ -47,6 +49,8 @@ class FakeEmbedder:
         if options.get("down") or (sign and Path(sign).exists()):
             raise EmbedderDown("the fake embedder is down, as its options say")
         sent = prompted(self._spec, texts, input_type)
+        if (deadly := options.get("exit")) and any(deadly in text for text in sent):
+            os._exit(139)
         if (refused := options.get("reject")) and any(refused in text for text in sent):
             raise TextRejected("the fake embedder refuses a text, as its options say")
         limit = self._spec.max_tokens

@@ -89,7 +89,7 @@ def verdict(column: EmbeddingColumn, fingerprint: e.Composed) -> e.Composed:
         " CASE WHEN {target} IS NULL AND (l.key_1 IS NULL OR (l.fingerprint = {fingerprint} AND l.state = 'current'))"
         " THEN 0 ELSE 2 END"
         " WHEN {current} THEN 0"
-        " WHEN {failed} AND l.retry_at > now() THEN 0"
+        " WHEN {failed} AND coalesce(l.retry_at > now(), true) THEN 0"
         " ELSE 1 END"
     ).format(
         is_null=e.is_null(column),

@@ -1,20 +1,31 @@
 """Rule 12: sessions that no role or database setting can bend.
 
 Everything that changes the text of a key, the meaning of a statement, how long it may take or what its commit
-promises is set by us in the startup packet, where it outranks ALTER ROLE and ALTER DATABASE … SET. Not for the
-replication session: `wal.stream` pins its own.
+promises is set by us in the startup packet, where it outranks ALTER ROLE and ALTER DATABASE … SET. An answer that does
+not come although the server's own time limit has passed is not waited for. Not for the replication session:
+`wal.stream` pins its own.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
+from psycopg import pq
+from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
 
 from cdc_embedder.conninfo import pinned
 from cdc_embedder.database_errors import from_database
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Connection = psycopg.AsyncConnection[TupleRow]
 
@@ -36,10 +47,53 @@ PINS = {
     "lock_timeout": "1000",
     "idle_in_transaction_session_timeout": "30000",
     "idle_session_timeout": "0",
+    "tcp_keepalives_idle": "10",  # a machine of ours that is gone must not hold the advisory lock for two hours
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "4",
+    "tcp_user_timeout": "30000",
     "plan_cache_mode": "force_generic_plan",  # a big array must not flip the plan to a scan of the whole table
     "jit": "off",
 }
-"""Setting → value. Durations are in milliseconds."""
+"""Setting → value. Durations are in milliseconds, those of keepalives in seconds."""
+
+GRACE_SECONDS = 15.0
+"""How long an answer may take beyond `statement_timeout`, after which the server has answered in any case."""
+
+
+class Session(psycopg.AsyncConnection[TupleRow]):
+    """A session that is given up when an answer is overdue.
+
+    Keepalives notice a peer that is gone. They do not notice a proxy, a tunnel or a frozen server whose kernel still
+    acknowledges: there no error would ever show. Not bounded: waiting for notifications, and statements of an explicit
+    transaction, which may have set another time limit.
+    """
+
+    purpose = ""
+    answer_within_s: float | None = None
+
+    async def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """As the driver's own, which raises OperationalError where the session was given up meanwhile."""
+        limit = self.answer_within_s
+        if limit is None or self.pgconn.transaction_status != pq.TransactionStatus.IDLE:
+            return await super().wait(gen, *args, **kwargs)
+        overdue = asyncio.get_running_loop().call_later(limit, self._give_up)
+        try:
+            return await super().wait(gen, *args, **kwargs)
+        finally:
+            overdue.cancel()
+
+    def _give_up(self) -> None:
+        """Shut the socket down under libpq, which then finds the connection closed, as the driver expects to."""
+        if self.pgconn.transaction_status != pq.TransactionStatus.ACTIVE:
+            return
+        log.warning(
+            "the session %r had no answer for %.0f seconds, and is given up: look at the network, and at what stands"
+            " between here and the server",
+            self.purpose,
+            self.answer_within_s,
+        )
+        with socket.socket(fileno=os.dup(self.pgconn.socket)) as ours:
+            ours.shutdown(socket.SHUT_RDWR)
 
 
 async def connect(dsn: str, purpose: str, **settings: str) -> Connection:
@@ -47,11 +101,17 @@ async def connect(dsn: str, purpose: str, **settings: str) -> Connection:
 
     Raises the translation of whatever the driver raised (`ServerGone`, `Misconfigured`).
     """
-    conninfo = pinned(dsn, purpose, PINS | settings, client_encoding="UTF8")
+    pins = PINS | settings
+    conninfo = pinned(dsn, purpose, pins, client_encoding="UTF8")
     try:
-        connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True, prepare_threshold=None)
+        connection = await Session.connect(conninfo, autocommit=True, prepare_threshold=None)
+        if connection.info.server_version >= 170000:  # older ones do not know it, and would refuse the connection
+            await connection.execute("SET transaction_timeout = 0")
     except psycopg.Error as error:
         raise from_database(error, "connecting") from error
+    connection.purpose = purpose
+    if limit := int(pins["statement_timeout"]):
+        connection.answer_within_s = limit / 1000 + GRACE_SECONDS
     connection.cursor_factory = psycopg.AsyncRawCursor  # $1 in statements: identifiers may hold percent signs
     return connection
 

@@ -2,8 +2,8 @@
 
 The statement locks the rows whose present text still has the fingerprint that was embedded, skipping those that
 somebody else has locked; updates them; and records in the ledger what the rows then *hold*, as `UPDATE … RETURNING`
-saw it. It does so only while the generation is current: that row is locked FOR SHARE first. Nothing here decides that
-a key is done for any other reason than having been written.
+saw it. It does so only while the generation is current and nobody has taken over the slot (rule 9): those rows are
+locked FOR SHARE first. Nothing here decides that a key is done for any other reason than having been written.
 
 A row that was locked but not updated, or that holds something else afterwards, was refused or altered by a trigger.
 """
@@ -25,6 +25,7 @@ from cdc_embedder.rows import expressions as e
 from cdc_embedder.rows.session import Connection
 
 CHANGED_BY_TRIGGER = "changed by a trigger: the row does not hold what was written"
+KILLED_THE_PROCESS = "the process died twice while it embedded this text: it is set aside"
 REFUSED_BY_TRIGGER = "changed by a trigger: the update was refused"
 
 _RETRY_AT = (
@@ -49,20 +50,32 @@ class Write:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Who writes: the slot, and the number that its leader got when it took the slot over."""
+
+    slot: str
+    number: int
+
+
 class WriteBack:
     """The write-back of one column on one session; the statement is composed once and prepared by the server."""
 
-    def __init__(self, connection: Connection, column: EmbeddingColumn, *, only_without_triggers: bool) -> None:
+    def __init__(
+        self, connection: Connection, column: EmbeddingColumn, term: Term, *, without_triggers: str | None = None
+    ) -> None:
+        """`without_triggers`: write nothing while the table has UPDATE triggers enabled in one of these ways."""
         self._connection = connection
         self._column = column
         self._width = len(column.key)
-        self._statement = _statement(column, only_without_triggers).as_string(connection)
+        self._statement = _statement(column, term, without_triggers).as_string(connection)
 
     async def write(self, writes: Sequence[Write], vectors: Vectors) -> set[int]:
         """Write a batch, with `vectors` of shape (len(writes), dimensions); rows without a vector are ignored there.
 
         Returns the ordinals (from 0) of the rows that were written or recorded as failed; the others were locked,
-        changed or gone, or the generation is not current any more. Commits; raises psycopg.Error as it comes.
+        changed or gone, the generation is not current any more, or the term is over. Commits; raises psycopg.Error as
+        it comes.
         """
         assert self._column.target is not None
         cursor = self._connection.cursor(binary=True)
@@ -83,8 +96,8 @@ class WriteBack:
 
 _SHAPE = """
 WITH guard AS MATERIALIZED (
-    SELECT FROM cdc_embedder.generation
-     WHERE column_id = {column_id} AND generation = {generation} AND superseded_at IS NULL
+    SELECT FROM cdc_embedder.generation g JOIN cdc_embedder.leader e ON e.slot = {slot} AND e.term = {term}
+     WHERE g.column_id = {column_id} AND g.generation = {generation} AND g.superseded_at IS NULL
        FOR SHARE
 ), locked AS MATERIALIZED (
     SELECT {source_key}, i.ordinal, i.fingerprint, i.flags, i.error, {vector} AS vector
@@ -112,13 +125,15 @@ WITH guard AS MATERIALIZED (
     SELECT {held_key}, h.fingerprint, {generation}, CASE WHEN h.error IS NULL THEN h.digest END,
            CASE WHEN h.error IS NOT NULL THEN 'failed' WHEN h.flags & 2 <> 0 THEN 'truncated' ELSE 'current' END,
            CASE WHEN h.error IS NULL THEN 0 ELSE 1 END, h.error,
-           CASE WHEN h.error IS NOT NULL THEN {first_retry} END, clock_timestamp()
+           CASE WHEN h.error = {killed} THEN clock_timestamp() + interval '10 minutes'
+                WHEN h.error IS NOT NULL THEN {first_retry} END, clock_timestamp()
       FROM held h
     ON CONFLICT ({ledger_names}) DO UPDATE
        SET fingerprint = excluded.fingerprint, generation = excluded.generation, vector_digest = excluded.vector_digest,
            state = excluded.state, error = excluded.error, embedded_at = excluded.embedded_at,
            attempts = CASE WHEN excluded.error IS NULL THEN 0 WHEN {again} THEN l.attempts + 1 ELSE 1 END,
-           retry_at = CASE WHEN excluded.error IS NULL THEN NULL WHEN {again} THEN {later_retry}
+           retry_at = CASE WHEN excluded.error IS NULL OR ({again} AND excluded.error = {killed}) THEN NULL
+                           WHEN {again} THEN {later_retry}
                            ELSE excluded.retry_at END
 )
 SELECT ordinal FROM held
@@ -131,10 +146,11 @@ _AGAIN = "l.state = 'failed' AND l.fingerprint = excluded.fingerprint AND l.gene
 _NO_TRIGGERS = """ AND NOT EXISTS (
            SELECT FROM pg_trigger g
             WHERE (g.tgrelid = {oid} OR g.tgrelid IN (SELECT relid FROM pg_partition_tree({oid}::regclass)))
-              AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled <> 'D')"""
+              AND NOT g.tgisinternal AND g.tgtype & 16 <> 0
+              AND strpos({enabled}, g.tgenabled::text) > 0)"""
 
 
-def _statement(column: EmbeddingColumn, only_without_triggers: bool) -> sql.Composed:
+def _statement(column: EmbeddingColumn, term: Term, without_triggers: str | None) -> sql.Composed:
     assert column.target is not None
     width = len(column.key)
     names = [sql.Identifier(f"key_{n + 1}") for n in range(width)]
@@ -143,6 +159,8 @@ def _statement(column: EmbeddingColumn, only_without_triggers: bool) -> sql.Comp
     comma = sql.SQL(", ").join
     inputs, input_names = _inputs(column, names)
     return sql.SQL(_SHAPE).format(
+        slot=sql.Literal(term.slot),
+        term=sql.Literal(term.number),
         column_id=sql.Literal(column.id),
         generation=sql.Literal(column.generation),
         source_key=comma(sql.SQL("{} AS {}").format(a, b) for a, b in zip(source, names, strict=True)),
@@ -154,9 +172,9 @@ def _statement(column: EmbeddingColumn, only_without_triggers: bool) -> sql.Comp
             column.key, source, e.typed(column.key, [sql.Identifier("i", f"key_{n + 1}") for n in range(width)])
         ),
         fingerprint=e.fingerprint(column),
-        no_triggers=sql.SQL(_NO_TRIGGERS).format(oid=sql.Literal(column.table_oid))
-        if only_without_triggers
-        else sql.SQL(""),
+        no_triggers=sql.SQL("")
+        if without_triggers is None
+        else sql.SQL(_NO_TRIGGERS).format(oid=sql.Literal(column.table_oid), enabled=sql.Literal(without_triggers)),
         source_order=comma(source),
         target_name=sql.Identifier(column.target.name),
         locked_is_source=e.same_key(column.key, source, locked),
@@ -171,6 +189,7 @@ def _statement(column: EmbeddingColumn, only_without_triggers: bool) -> sql.Comp
         first_retry=sql.SQL(_RETRY_AT).format(attempts=sql.SQL("0")),
         later_retry=sql.SQL(_RETRY_AT).format(attempts=sql.SQL("l.attempts")),
         again=sql.SQL(_AGAIN),
+        killed=sql.Literal(KILLED_THE_PROCESS),
     )
 
 

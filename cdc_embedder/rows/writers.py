@@ -2,7 +2,8 @@
 
 Where the server lets us, one session writes under a replication origin of its own, so that the stream can pass our
 echo over; it writes only rows of tables whose triggers our update does not fire (a trigger's writes would carry the
-origin too, and be hidden). Everything else goes through a plain session. Origins: one name a session, `<slot>_1`;
+origin too, and be hidden). Everything else goes through a plain session. Neither fires ordinary triggers where the role
+may suppress them. Origins: one name a session, `<slot>_1`;
 up to PostgreSQL 17 each takes one of `max_replication_slots`.
 """
 
@@ -17,7 +18,7 @@ from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.embedding.base import Vectors
 from cdc_embedder.errors import Problem
 from cdc_embedder.rows.session import Connection, one
-from cdc_embedder.rows.writeback import Write, WriteBack
+from cdc_embedder.rows.writeback import Term, Write, WriteBack
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,17 @@ _A_ROW = ("22", "23", "38", "39", "44", "P0")
 class Writers:
     """A marked session where there is one, and a plain one. `origin` is its name and numeric id, or None."""
 
-    def __init__(self, plain: Connection, marked: Connection | None, origin: tuple[str, int] | None) -> None:
+    def __init__(
+        self,
+        plain: Connection,
+        marked: Connection | None,
+        origin: tuple[str, int] | None,
+        term: Term,
+        *,
+        triggers_suppressed: bool = False,
+    ) -> None:
+        self._triggers_suppressed = triggers_suppressed
+        self._term = term
         self._plain = plain
         self._marked = marked
         self.origin = origin
@@ -36,11 +47,13 @@ class Writers:
 
     async def write(self, column: EmbeddingColumn, writes: Sequence[Write], vectors: Vectors) -> set[int]:
         """See `WriteBack.write`."""
-        marked = self._marked is not None and not column.fires_triggers
+        fires = column.fires_always if self._triggers_suppressed else column.fires_triggers
+        marked = self._marked is not None and not fires
         known = self._statements.get((column.id, marked))
         if known is None or known[0] is not column:
             session = self._marked if marked and self._marked is not None else self._plain
-            known = (column, WriteBack(session, column, only_without_triggers=marked))
+            without = None if not marked else "RA" if self._triggers_suppressed else "OA"
+            known = (column, WriteBack(session, column, self._term, without_triggers=without))
             self._statements[column.id, marked] = known
         return await known[1].write(writes, vectors)
 
@@ -48,6 +61,22 @@ class Writers:
     def blames_a_row(problem: Problem) -> bool:
         """Whether the statement may have failed because of what one of its rows holds."""
         return problem.sqlstate is not None and problem.sqlstate.startswith(_A_ROW)
+
+
+async def suppress_triggers(connection: Connection) -> bool:
+    """Let this session fire no ordinary trigger of the user's, where the role may; whether it may.
+
+    A vector is no change that `updated_at` or an audit table should tell of. Those that are ENABLE ALWAYS fire still.
+    Source: https://www.postgresql.org/docs/current/runtime-config-client.html#GUC-SESSION-REPLICATION-ROLE
+    """
+    may = "has_parameter_privilege('session_replication_role', 'SET')"
+    if connection.info.server_version < 150000:
+        may = "(SELECT rolsuper FROM pg_roles WHERE rolname = current_user)"
+    row = await one(connection, f"SELECT {may}")
+    if row is None or not row[0]:
+        return False
+    await connection.execute("SET session_replication_role = replica")
+    return True
 
 
 async def set_up_origin(connection: Connection, slot: str) -> tuple[str, int] | None:

@@ -20,6 +20,13 @@ class SlotLost(Temporary):
     """The slot is gone or was invalidated: what happened since is in no stream. Make it anew and scan everything."""
 
 
+class SlotStuck(Temporary):
+    """The server cannot decode some change. `for_ever`, or if it is met again and again: drop the slot, make it anew
+    and scan everything."""
+
+    for_ever = False
+
+
 class PluginRefused(Misconfigured):
     """The server lacks the slot's output plugin or does not allow it. A new slot with pgoutput always works."""
 
@@ -104,12 +111,13 @@ def explain(
         case "55000" if around:
             return _wrong_state(error, name, around)
         case "42704" if streaming:
-            return Misconfigured(
-                f"the publication of the slot {name!r} does not exist: {error.diag.message_primary}",
-                hint="run `cdc-embedder init` again; on servers before 18 the slot is stuck then and has to be made "
-                f"anew: SELECT pg_drop_replication_slot('{name}')",
+            stuck = SlotStuck(
+                f"the slot {name!r} had no publication when a change was made: {error.diag.message_primary}",
+                hint="publication and slot are made anew and every table scanned",
                 sqlstate="42704",
             )
+            stuck.for_ever = True
+            return stuck
         case "42704":
             return SlotLost(
                 f"the replication slot {name!r} does not exist",
@@ -130,7 +138,14 @@ def explain(
                 hint="use lower-case letters, digits and underscores, at most 63",
                 sqlstate="42602",
             )
-    return from_database(error, f"replication slot {name!r}")
+    problem = from_database(error, f"replication slot {name!r}")
+    if streaming and not isinstance(problem, Temporary):
+        return SlotStuck(
+            f"the server cannot decode a change: {error.diag.message_primary}",
+            hint="it is tried again a few times; then the slot is made anew and every table scanned",
+            sqlstate=error.sqlstate,
+        )
+    return problem
 
 
 def _not_allowed(around: Surroundings, plugin: str) -> Problem:

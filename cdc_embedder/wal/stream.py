@@ -111,7 +111,14 @@ class ReplicationStream:
         try:
             if on_warning is not None:
                 _forward_warnings(connection, on_warning)
-            await _start(connection, slot, options)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await _start(connection, slot, options)
+            except TimeoutError:
+                raise ServerGone(
+                    f"the server did not start the replication stream within {timeout_s:.0f} seconds",
+                    hint="look at the network, and at what stands between here and the server",
+                ) from None
             return cls(connection, slot, decoder, timeout_s)
         except BaseException:
             await connection.close()
@@ -282,10 +289,16 @@ class ReplicationStream:
 
 
 async def _start(connection: psycopg.AsyncConnection[Any], slot: str, options: Mapping[str, str]) -> None:
-    """START_REPLICATION has a grammar of its own: no parameters, and in strings only the quote is special."""
+    """START_REPLICATION has a grammar of its own: no parameters, and in strings only the quote is special.
+
+    Decoding happens in transactions: a role's `transaction_timeout` (17 and later) would end the session in the middle
+    of every long one, for ever.
+    """
     listed = ", ".join(f"{_quoted(name, chr(34))} {_quoted(value, chr(39))}" for name, value in options.items())
     command = f"START_REPLICATION SLOT {_quoted(slot, chr(34))} LOGICAL 0/0 ({listed})"
     try:
+        if connection.info.server_version >= 170000:
+            await connection.execute("SET transaction_timeout = 0")
         await connection.execute(command.encode())
     except psycopg.Error as error:
         if connection.closed:

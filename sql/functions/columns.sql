@@ -1,7 +1,7 @@
 -- What follows from a row of embedding_column: its ledger, its generations, its scans, and word to the service.
 -- All of it runs as the schema's owner.
 
--- Make the ledger of a column, anew where the key's types or collations are others than it has.
+-- Make the ledger and the backlog of a column, anew where the key's types or collations are others than it has.
 -- True: it is new and empty. No key any more (the table is gone): nothing is done.
 CREATE OR REPLACE FUNCTION cdc_embedder._make_ledger(column_id int, anew boolean DEFAULT false) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER
@@ -9,8 +9,10 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     ledger text := format('cdc_embedder.ledger_%s', column_id);
+    backlog text := format('cdc_embedder.backlog_%s', column_id);
     key record;
     columns text;
+    names text;
     found_types text[];
     found_collations oid[];
 BEGIN
@@ -27,15 +29,14 @@ BEGIN
     IF found_types = key.types AND found_collations = key.collations AND NOT anew THEN
         RETURN false;
     END IF;
-    IF to_regclass(ledger) IS NOT NULL THEN
-        EXECUTE format('DROP TABLE %s', ledger);
-    END IF;
+    PERFORM cdc_embedder._drop_ledger(column_id);
     SELECT string_agg(format('key_%s %s', k.position, k.type)
                       || coalesce(' COLLATE ' || quote_ident(n.nspname) || '.' || quote_ident(l.collname), ''), ', ' ORDER BY k.position)
       INTO columns
       FROM unnest(key.types, key.collations) WITH ORDINALITY AS k(type, collation_oid, position)
       LEFT JOIN pg_collation l ON l.oid = k.collation_oid
       LEFT JOIN pg_namespace n ON n.oid = l.collnamespace;
+    names := (SELECT string_agg('key_' || n, ', ' ORDER BY n) FROM generate_series(1, cardinality(key.types)) AS n);
     EXECUTE format($table$
         CREATE TABLE %1$s (
             %2$s,
@@ -49,8 +50,21 @@ BEGIN
             embedded_at timestamptz NOT NULL DEFAULT now(),
             PRIMARY KEY (%3$s)
         ) WITH (fillfactor = 80)
-        $table$, ledger, columns, (SELECT string_agg('key_' || n, ', ' ORDER BY n) FROM generate_series(1, cardinality(key.types)) AS n));
+        $table$, ledger, columns, names);
     EXECUTE format('CREATE INDEX ON %s (retry_at) WHERE state = ''failed''', ledger);
+    EXECUTE format($table$
+        CREATE TABLE %1$s (
+            %2$s,
+            first_lsn pg_lsn NOT NULL,
+            last_lsn pg_lsn NOT NULL,
+            xid xid8,
+            seq bigint NOT NULL,
+            PRIMARY KEY (%3$s)
+        )
+        $table$, backlog, columns, names);
+    EXECUTE format('CREATE INDEX ON %s (seq)', backlog);
+    EXECUTE format('CREATE INDEX ON %s (first_lsn)', backlog);
+    EXECUTE format('CREATE SEQUENCE %s_seq OWNED BY %s.seq', backlog, backlog);
     RETURN true;
 EXCEPTION WHEN insufficient_privilege THEN
     RAISE EXCEPTION 'the ledger of column % cannot be made: %', column_id, SQLERRM
@@ -64,11 +78,14 @@ LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    ledger text := format('cdc_embedder.ledger_%s', column_id);
+    of_column regclass;
 BEGIN
-    IF to_regclass(ledger) IS NOT NULL THEN
-        EXECUTE format('DROP TABLE %s', ledger);
-    END IF;
+    FOREACH of_column IN ARRAY ARRAY[to_regclass(format('cdc_embedder.ledger_%s', column_id)),
+                                     to_regclass(format('cdc_embedder.backlog_%s', column_id))] LOOP
+        IF of_column IS NOT NULL THEN
+            EXECUTE format('DROP TABLE %s', of_column);
+        END IF;
+    END LOOP;
 END
 $$;
 
@@ -82,7 +99,7 @@ AS $$
                'model', m.name, 'source', coalesce(m.source, m.name), 'revision', m.revision, 'backend', m.backend,
                'dimensions', m.dimensions, 'max_tokens', m.max_tokens, 'document_prompt', m.document_prompt,
                'normalize', m.normalize, 'dtype', m.dtype,
-               'options', m.options - '{base_url,api_key_env,max_batch_rows,timeout_s,delay_s,delay_per_text_s,down}'::text[],
+               'options', m.options - '{base_url,api_key_env,max_batch_rows,timeout_s,delay_s,delay_per_text_s,down,exit}'::text[],
                'source_columns', c.source_columns, 'separator', c.separator)
       FROM cdc_embedder.model m WHERE m.name = c.model
 $$;
@@ -96,7 +113,7 @@ AS $$
     VALUES ($1, clock_timestamp(), $2)
     ON CONFLICT (column_id) DO UPDATE
        SET requested_at = excluded.requested_at, reason = excluded.reason,
-           counted = s.counted AND NOT $3, position = CASE WHEN $3 THEN NULL ELSE s.position END
+           counted = s.counted AND NOT $3, unfinished = NULL
 $$;
 
 CREATE OR REPLACE FUNCTION cdc_embedder._protect() RETURNS trigger
@@ -175,7 +192,8 @@ BEGIN
         PERFORM cdc_embedder._request_scan(NEW.id, 'another table', true);
     ELSIF remade THEN
         PERFORM cdc_embedder._request_scan(NEW.id, 'another key', true);
-    ELSIF NEW.generation <> OLD.generation OR NEW.target_attnum <> OLD.target_attnum THEN
+    ELSIF NEW.generation <> OLD.generation OR NEW.target_attnum <> OLD.target_attnum
+          OR NEW.source_attnums <> OLD.source_attnums THEN
         PERFORM cdc_embedder._request_scan(NEW.id, 'settings changed');
     ELSIF NEW.enabled AND NOT OLD.enabled THEN
         PERFORM cdc_embedder._request_scan(NEW.id, 'resumed');

@@ -88,12 +88,28 @@ BEGIN
 END
 $$;
 
+-- Where the oldest commit begins whose keys are in the backlog of a column; NULL where it is empty. An index's first entry.
+CREATE OR REPLACE FUNCTION cdc_embedder._spilled_from(column_id int) RETURNS pg_lsn
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    backlog regclass := to_regclass(format('cdc_embedder.backlog_%s', column_id));
+    first_lsn pg_lsn;
+BEGIN
+    IF backlog IS NOT NULL THEN
+        EXECUTE format('SELECT min(b.first_lsn) FROM %s b', backlog) INTO first_lsn;
+    END IF;
+    RETURN first_lsn;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION cdc_embedder._status()
 RETURNS TABLE (
     id int, source_table text, target_column name, model text, slot name, state text, reason text,
     rows bigint, rows_estimated boolean, "null" bigint, current bigint, pending bigint, failed bigint, truncated bigint,
     coverage numeric, oldest_pending_s double precision, lag_bytes bigint, embedded_through pg_lsn,
-    rows_per_s double precision, eta_s double precision, last_error text)
+    rows_per_s double precision, eta_s double precision, last_error text, backlog bigint, circuit_breaker text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET row_security = off
@@ -104,6 +120,7 @@ DECLARE
     said cdc_embedder.column_state;
     scanned cdc_embedder.scan;
     uncounted text;
+    spilled pg_lsn;
     present pg_lsn := CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END;
 BEGIN
     FOR c IN SELECT * FROM cdc_embedder.embedding_column ORDER BY embedding_column.id LOOP
@@ -145,7 +162,10 @@ BEGIN
         eta_s := CASE WHEN rows - "null" - current - failed <= 0 THEN 0
                       ELSE (rows - "null" - current - failed) / nullif(said.rows_per_s, 0) END;
         last_error := said.last_error;
-        SELECT greatest(pg_wal_lsn_diff(present, s.confirmed_flush_lsn), 0)::bigint, s.confirmed_flush_lsn
+        backlog := said.backlog;
+        circuit_breaker := said.circuit_breaker;
+        spilled := cdc_embedder._spilled_from(c.id);
+        SELECT greatest(pg_wal_lsn_diff(present, s.confirmed_flush_lsn), 0)::bigint, least(s.confirmed_flush_lsn, spilled)
           INTO lag_bytes, embedded_through
           FROM pg_replication_slots s WHERE s.slot_name = c.slot AND s.database = current_database();
         RETURN NEXT;

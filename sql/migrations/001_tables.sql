@@ -90,15 +90,18 @@ CREATE TABLE cdc_embedder.scan (
     started_at timestamptz,
     finished_at timestamptz,
     counted boolean NOT NULL DEFAULT false,
-    position text[],
     rows bigint,
     "null" bigint,
     current bigint,
     failed bigint,
-    truncated bigint
+    truncated bigint,
+    unfinished jsonb,
+    storage bigint
 );
 
 COMMENT ON TABLE cdc_embedder.scan IS 'a scan is wanted when requested_at is later than finished_at; counted: the first scan that covers all rows is done (rule 10)';
+COMMENT ON COLUMN cdc_embedder.scan.unfinished IS 'where a pass that was broken off goes on: every row before its position was judged';
+COMMENT ON COLUMN cdc_embedder.scan.storage IS 'hash of the files and partitions that the rows were in when last looked at; another one means rows that no event told of';
 
 CREATE UNLOGGED TABLE cdc_embedder.column_state (
     column_id int PRIMARY KEY REFERENCES cdc_embedder.embedding_column ON DELETE CASCADE,
@@ -110,9 +113,10 @@ CREATE UNLOGGED TABLE cdc_embedder.column_state (
     failed bigint,
     truncated bigint,
     pending bigint,
+    backlog bigint,
     oldest_pending_s double precision,
     rows_per_s double precision,
-    scan_rows bigint,
+    circuit_breaker text,
     last_error text,
     updated_at timestamptz NOT NULL DEFAULT now()
 );
@@ -133,5 +137,33 @@ CREATE TABLE cdc_embedder.progress (
 );
 
 COMMENT ON TABLE cdc_embedder.progress IS 'how far each slot is; rows of another cluster, as in a restored dump, do not count';
+
+CREATE UNLOGGED TABLE cdc_embedder.leader (
+    slot name PRIMARY KEY,
+    term bigint NOT NULL,
+    service text NOT NULL,
+    since timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+COMMENT ON TABLE cdc_embedder.leader IS 'who serves a slot; each one that takes over has a term of its own, and a write-back of an older term changes nothing (rule 9)';
+
+CREATE UNLOGGED TABLE cdc_embedder.in_flight (
+    slot name PRIMARY KEY,
+    service text NOT NULL,
+    column_id int NOT NULL,
+    keys jsonb NOT NULL
+);
+
+COMMENT ON TABLE cdc_embedder.in_flight IS 'the keys that are with the model at this moment: what is found here after a crash is suspected of it (rule 7)';
+
+CREATE UNLOGGED TABLE cdc_embedder.suspect (
+    column_id int NOT NULL REFERENCES cdc_embedder.embedding_column ON DELETE CASCADE,
+    key jsonb NOT NULL,
+    fingerprint bytea NOT NULL,
+    guilty boolean NOT NULL,
+    PRIMARY KEY (column_id, key)
+);
+
+COMMENT ON TABLE cdc_embedder.suspect IS 'keys that were with the model when the process died: they are tried alone; guilty: it died again then (rule 7)';
 
 INSERT INTO cdc_embedder.migration (version, name) VALUES (1, 'tables');

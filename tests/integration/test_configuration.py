@@ -152,7 +152,7 @@ def test_every_change_that_the_service_must_know_of_is_announced(admin: Connecti
         },
         "SELECT cdc_embedder.reconcile()": {"scan"},
         "SELECT cdc_embedder.retry_failed('documents')": {"retry"},
-        "UPDATE cdc_embedder.scan SET position = '{1}', rows = 1": set(),
+        "UPDATE cdc_embedder.scan SET unfinished = '{}', rows = 1": set(),
         "SELECT cdc_embedder.remove_embedding_column('documents', 'embedding')": {"embedding_column"},
     }
     for statement, announced in statements.items():

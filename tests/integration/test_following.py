@@ -31,7 +31,15 @@ async def test_rule_10_changes_are_routed_before_the_barrier_is_taken(bench18: B
     session = await connect(bench18.dsn_service, "test")
     embedders = Embedders()
     configuration = Configuration(
-        session, bench18.slot, "pgoutput", embedders, time.monotonic, changed, lambda column: column.published
+        session,
+        bench18.slot,
+        "pgoutput",
+        embedders,
+        time.monotonic,
+        changed,
+        lambda column: column.published,
+        scan_period_s=86400,
+        suspects={},
     )
     await configuration.reload()
     assert seen[0] == (True, False)

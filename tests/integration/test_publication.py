@@ -88,10 +88,10 @@ def test_a_wal2json_slot_needs_no_publication(bench: Bench) -> None:
 def test_another_slot_takes_the_table_from_one_publication_to_the_other(admin: Connection) -> None:
     admin.execute(DOCUMENTS)
     configure(admin)
-    admin.execute("UPDATE cdc_embedder.scan SET counted = true, finished_at = clock_timestamp(), position = '{5}'")
+    admin.execute("UPDATE cdc_embedder.scan SET counted = true, finished_at = clock_timestamp(), unfinished = '{}'")
     admin.execute("CREATE PUBLICATION another WITH (publish = 'insert, update')")
     admin.execute("UPDATE cdc_embedder.embedding_column SET slot = 'another'")
-    scan = one(admin, "SELECT requested_at > finished_at, counted, position, reason FROM cdc_embedder.scan")
+    scan = one(admin, "SELECT requested_at > finished_at, counted, unfinished, reason FROM cdc_embedder.scan")
     assert scan == (True, False, None, "another slot")
     rows = admin.execute("SELECT p.pubname FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid")
     assert rows.fetchall() == [("another",)]

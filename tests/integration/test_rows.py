@@ -12,10 +12,10 @@ import pytest_asyncio
 
 from cdc_embedder import catalog
 from cdc_embedder.catalog import EmbeddingColumn
-from cdc_embedder.rows import scan
+from cdc_embedder.rows import requests, scan
 from cdc_embedder.rows.fetch import TEXT_BYTES, Fetch, Row, Verdict
 from cdc_embedder.rows.session import Connection, connect
-from cdc_embedder.rows.writeback import CHANGED_BY_TRIGGER, REFUSED_BY_TRIGGER, Write, WriteBack
+from cdc_embedder.rows.writeback import CHANGED_BY_TRIGGER, REFUSED_BY_TRIGGER, Term, Write, WriteBack
 from tests.servers import SERVICE_ROLE, Bench
 
 pytestmark = pytest.mark.asyncio
@@ -67,11 +67,15 @@ def vectors(count: int) -> Any:
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 
 
+async def term(session: Connection) -> Term:
+    return Term("test", await requests.take_term(session, "test", "a test"))
+
+
 async def write(session: Connection, column: EmbeddingColumn, rows: dict[str, Row], **how: Any) -> tuple[set[int], Any]:
     """Write a vector for each key, as if it had just been embedded from `rows`."""
     writes = [Write((key,), row.fingerprint or b"", **({"has_vector": True} | how)) for key, row in rows.items()]
     made = vectors(len(writes))
-    return await WriteBack(session, column, only_without_triggers=False).write(writes, made), made
+    return await WriteBack(session, column, await term(session)).write(writes, made), made
 
 
 def stored(bench: Bench, key: int = 0) -> Any:
@@ -223,7 +227,7 @@ async def test_a_session_that_must_fire_no_trigger_writes_nothing_where_one_was_
     documents(bench, "one")
     column = await configured(session, bench)
     [row] = await judged(session, column, "0")
-    marked = WriteBack(session, column, only_without_triggers=True)
+    marked = WriteBack(session, column, await term(session), without_triggers="OA")
     write = [Write(("0",), row.fingerprint or b"", has_vector=True)]
     bench.admin.execute(
         "CREATE FUNCTION other() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;"

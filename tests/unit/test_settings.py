@@ -163,6 +163,24 @@ def test_no_list_of_urls_allows_any_and_an_empty_one_none() -> None:
     assert load(base_urls="").allowed_base_urls == ()
 
 
+def test_only_the_default_address_of_health_may_be_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = load()
+    assert (default.http_address, default.http_is_explicit) == (("127.0.0.1", 8700), False)
+    assert load(http="127.0.0.1:8700").http_is_explicit
+    path = tmp_path / "http.toml"
+    path.write_text('http = "[::1]:8700"\n')
+    assert (load(path).http_address, load(path).http_is_explicit) == (("::1", 8700), True)
+    monkeypatch.setenv("CDC_EMBEDDER_HTTP", "off")
+    assert (load().http_address, load().http_is_explicit) == (None, True)
+
+
+def test_an_address_of_health_that_is_none_is_a_sentence() -> None:
+    with pytest.raises(Misconfigured, match=r"^settings: http: it is host:port, as in 127\.0\.0\.1:8700, or off$"):
+        load(http="8700")
+
+
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
 def test_every_setting_is_a_flag_of_run_and_says_what_it_is_for(name: str) -> None:
     flags = {option for parameter in get_group(app).commands["run"].params for option in parameter.opts}
