@@ -17,6 +17,7 @@ _SERVER_GONE = ("08", "57P")  # connection exceptions; admin shutdown, crash shu
 _SESSION_GONE = ("53300", "25006", "25P03", "25P04")  # no connection left, a standby, timeouts that end a session
 _TRY_AGAIN = ("40001", "40P01", "55P03", "57014")  # serialization, deadlock, lock timeout, cancelled
 _COLUMN = ("42P01", "42703", "42704", "42804", "42846", "42883", "42501", "22000", "22P02", "428C9", "23502", "42P17")
+_NOT_FOUND = ("42P01", "42883", "42703", "42704")
 
 _NEVER_CONNECTS = (
     "password authentication failed",
@@ -65,6 +66,11 @@ def from_database(error: psycopg.Error, doing: str) -> Problem:
         return Temporary(message, hint=hint, sqlstate=state)
     if state.startswith("28") or state == "3D000":
         return Misconfigured(message, hint=hint or "check the DSN, the password and pg_hba.conf", sqlstate=state)
+    if state in _NOT_FOUND and error.diag.context and not hint:
+        hint = (
+            "a function, such as a trigger's, looks for it by search_path, and that of our sessions is pg_catalog:"
+            " ALTER FUNCTION … SET search_path = …"
+        )
     if state in _COLUMN:
         return ColumnFault(message, hint=hint, sqlstate=state)
     return Problem(message, hint=hint, sqlstate=state)

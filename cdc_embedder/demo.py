@@ -173,7 +173,12 @@ def _prepare(connection: Connection, dsn: str, texts: list[Docstring], out: Cons
 def _service(dsn: str, log: Path) -> Iterator[_Service]:
     """`cdc-embedder run` as anybody would start it; in a session of its own, so that Ctrl-C reaches only us."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CDC_EMBEDDER_", "PG"))}
-    environment |= {"CDC_EMBEDDER_DSN": dsn, "CDC_EMBEDDER_SLOT": SLOT, "HF_HUB_OFFLINE": "1"}
+    environment |= {
+        "CDC_EMBEDDER_DSN": dsn,
+        "CDC_EMBEDDER_SLOT": SLOT,
+        "HF_HUB_OFFLINE": "1",
+        "CDC_EMBEDDER_HTTP": "off",
+    }
     command = [sys.executable, "-m", "cdc_embedder", "run"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)

@@ -260,10 +260,7 @@ class Configuration:
         else:
             if self._now() >= lane.next_publication:
                 lane.next_publication = self._now() + RESCAN_SECONDS
-                with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
-                    if await requests.make_publication(self._connection, self._slot):
-                        self.doubt("the publication was gone")
-                lane.statement = await requests.publish(self._connection, self._slot, column.schema, column.table)
+                lane.statement = await self._publish(column)
             if lane.statement is None:
                 self.wake.set()
                 return
@@ -275,6 +272,15 @@ class Configuration:
             lane.next_scan = self._now() + RESCAN_SECONDS
             await requests.want_scan(self._connection, [column.id], "no stream covers the table", uncover=False)
             lane.scan.wanted = True
+
+    async def _publish(self, column: EmbeddingColumn) -> str | None:
+        """Add the table to the publication, which somebody may have dropped; else what has to be run."""
+        try:
+            if await requests.make_publication(self._connection, self._slot):
+                self.doubt("the publication was gone")
+        except psycopg.errors.InsufficientPrivilege:
+            return "cdc-embedder init: the publication is gone"
+        return await requests.publish(self._connection, self._slot, column.schema, column.table)
 
     def _load(self, lane: Lane, before: ModelSpec) -> None:
         if lane.column.model != before:

@@ -27,18 +27,28 @@ HEAL_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Size:
-    """How many rows go into one step: adapts to what the last ones took, within bounds."""
+    """How many rows go into one step: adapts to what the last ones took, within bounds.
+
+    `calls`: the step has a price of its own (a service far away): what a step takes at the least is not held against
+    its rows, and they may cost as much again. Otherwise smaller steps would only make more of them.
+    """
 
     rows: int
     lowest: int
     highest: int
     seconds: float
+    calls: bool = False
+    least: float = float("inf")
 
     def took(self, rows: int, elapsed: float) -> None:
         """A step of `rows` took `elapsed` seconds; a step that was not full only ever makes it smaller."""
-        if elapsed > self.seconds:
-            self.rows = max(self.lowest, min(self.rows, int(rows * self.seconds / elapsed)))
-        elif rows >= self.rows and elapsed < self.seconds / 2:
+        seconds = self.seconds
+        if self.calls:
+            self.least = min(self.least * 1.02, elapsed)  # forgets, slowly
+            seconds, elapsed = max(seconds, self.least), elapsed - self.least
+        if elapsed > seconds:
+            self.rows = max(self.lowest, min(self.rows, int(rows * seconds / elapsed)))
+        elif rows >= self.rows and elapsed < seconds / 2:
             self.rows = min(self.highest, self.rows * 2)
 
 
@@ -95,7 +105,7 @@ class Lane:
     barrier: int | None = None
     doubts: int = 0
     scan: ScanProgress = field(default_factory=ScanProgress)
-    embed_size: Size = field(default_factory=lambda: Size(16, 1, 1024, BATCH_SECONDS))
+    embed_size: Size = field(default_factory=lambda: Size(16, 1, 1024, BATCH_SECONDS, calls=True))
     write_size: Size = field(default_factory=lambda: Size(256, 16, 1024, LOCK_SECONDS))
     embedded: int = 0
     cleared: int = 0

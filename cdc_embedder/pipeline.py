@@ -91,6 +91,7 @@ class Pipeline:
         self._writers = writers
         self._watch = watch
         self._began = now()
+        self._trial = False
         self.max_pending = max_pending
         self._scheduler = Scheduler()
         self._fetches: dict[int, tuple[EmbeddingColumn, Fetch]] = {}
@@ -253,7 +254,10 @@ class Pipeline:
                 batch.rows.append(row)
         failpoints.reached("fetched")
         if lane.suspects:
-            await self._try_suspects(batch, done)
+            current = [
+                e.key for e, r in zip(entries, rows, strict=True) if r.verdict is Verdict.DONE and not r.failures
+            ]
+            await self._try_suspects(batch, current)
         self.settle(lane, pending.finish(done))
         pending.give_back(later, now())
         for entry in invisible:
@@ -263,10 +267,10 @@ class Pipeline:
             self.room.set()
         return batch if batch.entries else None
 
-    async def _try_suspects(self, batch: Batch, done: list[Entry]) -> None:
+    async def _try_suspects(self, batch: Batch, current: list[Key]) -> None:
         """Rule 7: what was with the model when a process died is tried alone, after everything else."""
         suspects, lane = batch.lane.suspects, batch.lane
-        void = [entry.key for entry in done if entry.key in suspects]
+        void = [key for key in current if key in suspects]
         others: list[int] = []
         alone: list[int] = []
         for index, (entry, row) in enumerate(zip(batch.entries, batch.rows, strict=True)):
@@ -278,9 +282,10 @@ class Pipeline:
         if void:
             await self._watch.acquit(lane, void)
         early = now() < self._began + TRIAL_SECONDS
-        kept = others if others or early else alone[:1]
-        delay = TRIAL_SECONDS / 10 if others or early else 0.0
-        batch.pending.give_back([batch.entries[index] for index in alone if index not in kept], now(), delay)
+        self._trial = bool(alone) and not early and not (others and self._trial)  # every other batch at the most
+        kept = alone[:1] if self._trial else others
+        rest = [entry for index, entry in enumerate(batch.entries) if index not in kept]
+        batch.pending.give_back(rest, now(), 0.0 if self._trial else TRIAL_SECONDS / 10)
         batch.entries[:] = [batch.entries[index] for index in kept]
         batch.rows[:] = [batch.rows[index] for index in kept]
 

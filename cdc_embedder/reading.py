@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.following import Configuration
@@ -28,7 +29,17 @@ Tables = frozenset[tuple[str, str]]
 class Reading:
     """The reading end of one session."""
 
-    def __init__(self, dsn: str, taken: Taken, origin: tuple[str, int] | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        taken: Taken,
+        origin: tuple[str, int] | None,
+        timeout_s: float,
+        *,
+        opened: Callable[[], None],
+    ) -> None:
+        """`opened` is called whenever a stream was."""
+        self._opened = opened
         self._dsn = dsn
         self._taken = taken
         self._origin = origin
@@ -77,6 +88,7 @@ class Reading:
         """Read until cancelled, one stream after another. Raises what the streams raise."""
         while True:
             stream, router = await self._open()
+            self._opened()
             self._configuration.wake.set()
             reader, again = (
                 asyncio.create_task(self._pipeline.read(stream, router)),

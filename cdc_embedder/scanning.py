@@ -89,6 +89,8 @@ class Scanner:
             return TICK_SECONDS
         current = self._passes.get(lane.column.id)
         if current is None:
+            if lane.barrier is None and not lane.scan.counted:
+                return TICK_SECONDS  # the stream is about to cover the table: a pass that began before would not count
             if not lane.scan.wanted and self._now() < lane.scan.due:
                 return TICK_SECONDS
             self._passes[lane.column.id] = await Pass.begin(self._connection, lane, self._now(), self._period_s)
@@ -203,9 +205,9 @@ class Pass:
         self._pace(began, now())
 
     async def checkpoint(self, connection: Connection, now: float) -> None:
-        """Every row so far was judged: note it, so that a restart goes on from here."""
+        """Every row so far was judged: note it, so that a restart goes on from here. Not for a mere head start."""
         self.checkpoint_at = now + CHECKPOINT_SECONDS
-        if self._after is None:
+        if self._after is None or not (self.sound or self.lane.scan.counted):
             return
         progress = self.lane.scan
         counts = [progress.rows, progress.null, progress.current, progress.failed, progress.truncated]

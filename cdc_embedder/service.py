@@ -100,6 +100,7 @@ class Service:
                     self._refused.add("wal2json")
                 except SlotStuck as problem:
                     self._is_stuck(problem)
+                    self._health.away(problem.sentence)
                     await self._rest(BUSY_SECONDS)
                 except Temporary as problem:
                     failures = 1 if time.monotonic() - began > WORKED_SECONDS else failures + 1
@@ -163,7 +164,9 @@ class Service:
         suppressed = await suppress_triggers(plain) and await suppress_triggers(marked)
         origin = await set_up_origin(marked, slot)
         writers = Writers(plain, marked if origin else None, origin, term, triggers_suppressed=suppressed)
-        reading = Reading(self._replication_dsn, taken, origin, settings.wal_sender_timeout_s)
+        reading = Reading(
+            self._replication_dsn, taken, origin, settings.wal_sender_timeout_s, opened=self._health.working
+        )
         configuration = Configuration(
             control,
             slot,
@@ -205,7 +208,6 @@ class Service:
             configuration.fail,
             self._settings.scan_period_s,
         )
-        self._health.working()
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(work)

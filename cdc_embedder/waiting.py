@@ -21,7 +21,7 @@ def wait_for_pending(
 ) -> None:
     """Return when what is committed now is embedded or has failed, in these columns. Raises Misconfigured.
 
-    The slot is confirmed through it, no scan is wanted, nothing is pending. A column that does not work for
+    It is embedded through it, no scan is wanted, nothing is pending. A column that does not work for
     `standstill` seconds is not waited for any longer.
     """
     target = connection.execute("SELECT pg_current_wal_insert_lsn()::text AS lsn").fetchall()[0]["lsn"]
@@ -47,11 +47,9 @@ _WAITING = """
 SELECT s.id, s.source_table, s.target_column, s.state, s.reason,
        s.state <> 'live' OR coalesce(s.pending, 0) > 0
        OR coalesce(n.requested_at > n.finished_at, n.requested_at IS NOT NULL)
-       OR coalesce(pg_wal_lsn_diff($2::pg_lsn, r.confirmed_flush_lsn) > $3, true) AS waits
+       OR coalesce(pg_wal_lsn_diff($2::pg_lsn, s.embedded_through) > $3, true) AS waits
   FROM cdc_embedder.status s
-  JOIN cdc_embedder.embedding_column c ON c.id = s.id
   LEFT JOIN cdc_embedder.scan n ON n.column_id = s.id
-  LEFT JOIN pg_replication_slots r ON r.slot_name = c.slot AND r.database = current_database()
  WHERE s.id = ANY ($1)
  ORDER BY s.id
 """

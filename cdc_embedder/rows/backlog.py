@@ -91,14 +91,14 @@ async def spilled_from(connection: Connection, column: EmbeddingColumn) -> LSN |
 
 
 async def forget_transactions(connection: Connection, slot: str) -> None:
-    """Another timeline: its xids say nothing about the transactions that these rows were noted for."""
+    """Another timeline: its xids and positions say nothing about the transactions that these rows were noted for."""
     cursor = await connection.execute(
         "SELECT to_regclass(format('cdc_embedder.backlog_%s', id))::text FROM cdc_embedder.embedding_column"
         " WHERE slot = $1 AND to_regclass(format('cdc_embedder.backlog_%s', id)) IS NOT NULL",
         (slot,),
     )
     for (name,) in await cursor.fetchall():
-        await connection.execute(sql.SQL("UPDATE {} SET xid = NULL WHERE xid IS NOT NULL").format(sql.SQL(name)))
+        await connection.execute(sql.SQL("UPDATE {} SET xid = NULL, last_lsn = '0/0'").format(sql.SQL(name)))
 
 
 def _name(column: EmbeddingColumn) -> e.Composed:
@@ -126,7 +126,8 @@ def _spill(column: EmbeddingColumn) -> sql.Composed:
         " INSERT INTO {backlog} AS b ({names}, first_lsn, last_lsn, xid, seq)"
         " SELECT {names}, min(first_lsn), max(last_lsn), (array_agg(xid ORDER BY last_lsn DESC, seq DESC))[1], max(seq)"
         "   FROM given GROUP BY {names}"
-        " ON CONFLICT ({names}) DO UPDATE SET last_lsn = excluded.last_lsn, xid = excluded.xid, seq = excluded.seq"
+        " ON CONFLICT ({names}) DO UPDATE SET seq = excluded.seq, last_lsn = greatest(b.last_lsn, excluded.last_lsn),"
+        "    xid = CASE WHEN excluded.last_lsn >= b.last_lsn THEN excluded.xid ELSE b.xid END"
         " RETURNING b.xmax = 0 AS fresh)"
         " SELECT (SELECT seq FROM base), count(*) FILTER (WHERE fresh) FROM written"
     ).format(

@@ -31,8 +31,7 @@ async def note(
     keys = Jsonb([[list(key), fingerprint.hex()] for key, fingerprint in batch])
     await connection.execute(
         "INSERT INTO cdc_embedder.in_flight (slot, service, column_id, keys) VALUES ($1, $2, $3, $4)"
-        " ON CONFLICT (slot) DO UPDATE SET service = excluded.service, column_id = excluded.column_id,"
-        " keys = excluded.keys",
+        " ON CONFLICT (slot, service) DO UPDATE SET column_id = excluded.column_id, keys = excluded.keys",
         (slot, service, column, keys),
     )
 
@@ -47,7 +46,7 @@ async def suspects(connection: Connection, slot: str, service: str) -> dict[int,
     await connection.execute(
         "WITH found AS (DELETE FROM cdc_embedder.in_flight WHERE slot = $1 AND service <> $2 RETURNING column_id, keys)"
         " INSERT INTO cdc_embedder.suspect AS s (column_id, key, fingerprint, guilty)"
-        " SELECT f.column_id, k.value -> 0, decode(k.value ->> 1, 'hex'), false"
+        " SELECT DISTINCT ON (1, 2) f.column_id, k.value -> 0, decode(k.value ->> 1, 'hex'), false"
         "   FROM found f CROSS JOIN jsonb_array_elements(f.keys) AS k(value)"
         "  WHERE EXISTS (SELECT FROM cdc_embedder.embedding_column c WHERE c.id = f.column_id)"
         " ON CONFLICT (column_id, key) DO UPDATE"

@@ -102,7 +102,8 @@ async def scan_finished(connection: Connection, lane: Lane, request: str) -> Non
     scan = lane.scan
     await connection.execute(
         "UPDATE cdc_embedder.scan SET finished_at = greatest($2::timestamptz, started_at), counted = $8,"
-        ' rows = $3, "null" = $4, current = $5, failed = $6, truncated = $7, unfinished = NULL WHERE column_id = $1',
+        ' rows = $3, "null" = $4, current = $5, failed = $6, truncated = $7, unfinished = NULL'
+        " WHERE column_id = $1 AND coalesce(requested_at, 'epoch') = $2::timestamptz",
         (lane.column.id, request, scan.rows, scan.null, scan.current, scan.failed, scan.truncated, scan.counted),
     )
 

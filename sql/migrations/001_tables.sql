@@ -148,10 +148,11 @@ CREATE UNLOGGED TABLE cdc_embedder.leader (
 COMMENT ON TABLE cdc_embedder.leader IS 'who serves a slot; each one that takes over has a term of its own, and a write-back of an older term changes nothing (rule 9)';
 
 CREATE UNLOGGED TABLE cdc_embedder.in_flight (
-    slot name PRIMARY KEY,
+    slot name NOT NULL,
     service text NOT NULL,
     column_id int NOT NULL,
-    keys jsonb NOT NULL
+    keys jsonb NOT NULL,
+    PRIMARY KEY (slot, service)
 );
 
 COMMENT ON TABLE cdc_embedder.in_flight IS 'the keys that are with the model at this moment: what is found here after a crash is suspected of it (rule 7)';

@@ -761,7 +761,7 @@ def test_each_of_our_sessions_may_be_terminated_and_the_service_goes_on(bench: A
             "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()"
             " AND application_name LIKE 'cdc-embedder %' ORDER BY 1"
         ).fetchall()
-        assert len(names) == 9
+        assert len(names) == 10
         for n, (name,) in enumerate(names):
             until(lambda name=name: _terminated(bench, name), f"{name} was never there again", lambda: service.log)
             bench.admin.execute("INSERT INTO documents (body) VALUES (%s)", (f"after {name} {n}",))
