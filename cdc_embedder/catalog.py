@@ -42,8 +42,9 @@ class EmbeddingColumn:
     """One row of `cdc_embedder.embedding_column` with all that the catalog says about it.
 
     `fires_triggers`: an UPDATE fires triggers or rules of the user's; `fires_always`: it does so even in a session with
-    session_replication_role = replica. `moved`: it was configured in another cluster or database. `storage`: a hash of
-    the files that hold the rows, another one after a rewrite, a TRUNCATE, or when a partition comes or goes.
+    session_replication_role = replica. `refuses_updates`: it has no replica identity, so an UPDATE fails as long as it
+    is published. `moved`: it was configured in another cluster or database. `storage`: a hash of the files that hold the
+    rows, another one after a rewrite, a TRUNCATE, or when a partition comes or goes.
     """
 
     id: int
@@ -64,6 +65,7 @@ class EmbeddingColumn:
     partitioned: bool
     unlogged: bool
     published: bool
+    refuses_updates: bool
     fires_triggers: bool
     fires_always: bool
     moved: bool
@@ -83,9 +85,10 @@ class EmbeddingColumn:
 
 _COLUMNS = """
 SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_name,
-       to_regclass(format('%I.%I', c.source_schema, c.source_name))::oid::int8 AS named_oid,
+       (SELECT o.oid::int8 FROM pg_class o JOIN pg_namespace m ON m.oid = o.relnamespace
+         WHERE (m.nspname, o.relname) = (c.source_schema, c.source_name)) AS named_oid,
        c.source_table::text AS shown, n.nspname AS schema, t.relname AS table,
-       t.relkind, t.relpersistence, t.relreplident, t.relhasrules,
+       t.relkind, t.relpersistence, t.relhasrules,
        c.separator, c.generation, c.enabled, c.on_existing, c.priority, to_jsonb(m) AS model,
        (SELECT jsonb_agg(jsonb_build_object(
                    'name', a.attname, 'text', b.typname IN ('text','varchar','bpchar','citext')) ORDER BY s.position)
@@ -118,6 +121,12 @@ SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_n
        (SELECT hashtextextended(string_agg(p.oid || ':' || p.relfilenode, ' ' ORDER BY p.oid), 0) FROM pg_class p
          WHERE p.oid IN (SELECT t.oid UNION SELECT relid FROM pg_partition_tree(t.oid))) AS storage,
        (c.database_oid, c.system_identifier) IS DISTINCT FROM (here.database_oid, here.system_identifier) AS moved,
+       (SELECT min(p.oid::regclass::text) FROM pg_class p
+         WHERE p.oid IN (SELECT t.oid UNION SELECT relid FROM pg_partition_tree(t.oid)) AND p.relkind = 'r'
+           AND (p.relreplident = 'n'
+                OR p.relreplident <> 'f' AND NOT EXISTS (
+                    SELECT FROM pg_index i WHERE i.indrelid = p.oid AND i.indimmediate
+                       AND CASE p.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END))) AS unidentified,
        EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication b ON b.oid = r.prpubid
                 WHERE b.pubname = c.slot AND r.prrelid = t.oid) AS published,
        EXISTS (SELECT FROM pg_trigger g
@@ -175,6 +184,7 @@ def _column(row: Mapping[str, Any]) -> EmbeddingColumn:
         partitioned=row["relkind"] == "p",
         unlogged=row["relpersistence"] == "u",
         published=row["published"],
+        refuses_updates=row["unidentified"] is not None,
         fires_triggers=row["fires_triggers"] or bool(row["relhasrules"]),
         fires_always=row["fires_always"] or bool(row["relhasrules"]),
         moved=row["moved"],
@@ -199,8 +209,8 @@ def _fault(row: Mapping[str, Any], target: Target | None, model: ModelSpec) -> s
         return f"{name} is another table than the one that was configured; SELECT cdc_embedder.resume('{name}')"
     if not row["key"]:
         return f"{row['shown']} has no usable primary key any more; add one"
-    if row["relreplident"] == "n":
-        return f"{row['shown']} has REPLICA IDENTITY NOTHING; set it to DEFAULT"
+    if row["unidentified"]:
+        return f"{row['unidentified']} has REPLICA IDENTITY NOTHING, or an index that is gone; set it to DEFAULT"
     sources = row["sources"] or []
     if len(sources) != row["source_count"]:
         return "a source column was dropped; change source_columns or remove the column"

@@ -13,6 +13,7 @@
     │   └── ModelFault       ... because its model cannot be used as its row in the table says
     ├── TextRejected         the embedder refused one text for the text's own sake
     └── ProtocolError        bytes from the server that the decoder does not understand
+        └── NotCarried       ... because the output plugin cannot carry a value: another one can
 
 Each says what happened, in a sentence, and what to do about it (`hint`). The driver's exceptions are
 translated in one place, by SQLSTATE, never by message text: `database_errors.from_database`. No I/O here.
@@ -73,3 +74,7 @@ class TextRejected(Problem):
 
 class ProtocolError(Problem):
     """The stream holds something that the decoder does not understand; guessing would lose rows."""
+
+
+class NotCarried(ProtocolError):
+    """The output plugin cannot carry the value of a key. pgoutput can."""

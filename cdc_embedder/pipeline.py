@@ -235,14 +235,14 @@ class Pipeline:
         if not entries:
             return None
         try:
-            snapshot, rows = await self._fetch_of(column).rows([entry.key for entry in entries])
+            read = await self._fetch_of(column).rows([entry.key for entry in entries])
         except psycopg.Error as error:
             pending.give_back(entries, now(), RETRY_SECONDS)
             await self.trouble(lane, from_database(error, f"reading {column.label}"))
             return None
         done, invisible, later = [], [], []
         batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32))
-        for entry, row in zip(entries, rows, strict=True):
+        for entry, (snapshot, row) in zip(entries, read, strict=True):
             if entry.reason.xid is not None and not snapshot.sees(entry.reason.xid):
                 invisible.append(entry)
             elif row.verdict is Verdict.DONE:
@@ -255,7 +255,7 @@ class Pipeline:
         failpoints.reached("fetched")
         if lane.suspects:
             current = [
-                e.key for e, r in zip(entries, rows, strict=True) if r.verdict is Verdict.DONE and not r.failures
+                e.key for e, (_, r) in zip(entries, read, strict=True) if r.verdict is Verdict.DONE and not r.failures
             ]
             await self._try_suspects(batch, current)
         self.settle(lane, pending.finish(done))
@@ -305,6 +305,8 @@ class Pipeline:
             suspect = lane.suspects.get(batch.entries[index].key)
             if suspect is not None and suspect.guilty:
                 errors[index] = KILLED_THE_PROCESS
+            elif row.verdict is Verdict.EMBED and row.text is None:
+                errors[index] = "the text cannot be converted to UTF-8"
             elif row.verdict is Verdict.EMBED and row.text is not None:
                 try:
                     texts.append(row.text.decode())

@@ -18,6 +18,7 @@ from cdc_embedder.lsn import LSN
 from cdc_embedder.rows import backlog, requests
 from cdc_embedder.rows.session import Connection, connect, one
 from cdc_embedder.wal import slot as slots
+from cdc_embedder.wal.diagnosis import PluginRefused
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,18 @@ async def take_slot(
 
     Raises Problem; Misconfigured where an operator must act.
     """
+    row = await one(connection, "SELECT getdatabaseencoding()")
+    assert row is not None
+    encoding = str(row[0])
     found = await slots.inspect(connection, slot)
+    if encoding == "SQL_ASCII" and found is None and plugin == "auto":
+        plugin = "pgoutput"
+    asked = found.plugin if found is not None else plugin
+    if encoding == "SQL_ASCII" and asked == "wal2json" and "wal2json" not in refused:
+        raise PluginRefused(
+            "the database's encoding is SQL_ASCII: the JSON of wal2json may be no text at all there",
+            hint="the slot is made anew with pgoutput, unless output_plugin forbids it",
+        )
     if found is not None and found.logical and found.plugin not in slots.PLUGINS:
         raise Misconfigured(
             f"the slot {slot} uses the output plugin {found.plugin}, which is not understood",
@@ -104,9 +116,7 @@ async def take_slot(
         used = found.plugin
     await _settle_publication(connection, slot, used)
     await _look_at_history(connection, slot)
-    row = await one(connection, "SELECT getdatabaseencoding()")
-    assert row is not None
-    return Taken(slot, used, row[0], found.confirmed_flush_lsn if found is not None else None)
+    return Taken(slot, used, encoding, found.confirmed_flush_lsn if found is not None else None)
 
 
 async def _make_slot(connection: Connection, dsn: str, slot: str, plugin: str) -> str:

@@ -18,6 +18,7 @@ from cdc_embedder.pipeline import Pipeline
 from cdc_embedder.preparation import Taken
 from cdc_embedder.routing import Router
 from cdc_embedder.wal import pgoutput, wal2json
+from cdc_embedder.wal.encodings import CODECS
 from cdc_embedder.wal.stream import ReplicationStream
 from cdc_embedder.watermark import Watermark
 
@@ -125,6 +126,7 @@ class Reading:
             lane.route.missed.clear()
         tables = self._tables()
         taken, origin = self._taken, self._origin
+        encoding = taken.server_encoding if taken.server_encoding in CODECS else "UTF8"
         router = Router(watermark, origin or ())
         router.serve(lane.route for lane in self._pipeline.lanes if lane.served)
         if taken.plugin == "wal2json":
@@ -133,9 +135,16 @@ class Reading:
                 taken.server_encoding
             )
         else:
-            options, decoder = pgoutput.options(taken.slot), pgoutput.PgOutputDecoder()
+            options = pgoutput.options(taken.slot)
+            decoder = pgoutput.PgOutputDecoder(server_encoding=encoding)
         stream = await ReplicationStream.open(
-            self._dsn, taken.slot, options, decoder, timeout_s=self._timeout_s, on_warning=self._warned
+            self._dsn,
+            taken.slot,
+            options,
+            decoder,
+            timeout_s=self._timeout_s,
+            client_encoding=encoding,
+            on_warning=self._warned,
         )
         self._pipeline.stream, self._router, self._streamed = stream, router, tables
         log.info("streaming from the slot %s (%s), %d table(s)", taken.slot, taken.plugin, len(tables))

@@ -110,7 +110,8 @@ class Router:
 def _key(columns: tuple[str, ...], values: Values, identity: Values) -> Key | None:
     """The new row's key. A key column that is not sent did not change: its value is in the old identity then.
 
-    None when a column is nowhere: it had another name, or was no key column, when the change was written.
+    None when a column is nowhere: it had another name, or was no key column, when the change was written; or when its
+    value is not valid UTF-8 (lone surrogates).
     """
     parts = []
     for column in columns:
@@ -119,5 +120,7 @@ def _key(columns: tuple[str, ...], values: Values, identity: Values) -> Key | No
             value = identity.get(column)
             if value is None:
                 return None
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            return None
         parts.append(value)
     return tuple(parts)

@@ -24,7 +24,7 @@ import psycopg
 
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.registry import Embedders
-from cdc_embedder.errors import Problem, SlotBusy, Temporary
+from cdc_embedder.errors import NotCarried, Problem, SlotBusy, Temporary
 from cdc_embedder.following import POLL_SECONDS, Configuration
 from cdc_embedder.pipeline import Pipeline
 from cdc_embedder.preparation import Taken, check_server, take_advisory_lock, take_slot
@@ -93,7 +93,7 @@ class Service:
                 except SlotBusy as problem:  # the slot without the lock: its last reader is being found dead
                     self._wait(problem.sentence)
                     await self._rest(BUSY_SECONDS)
-                except PluginRefused as problem:
+                except (PluginRefused, NotCarried) as problem:
                     if self._settings.output_plugin != "auto" or self._refused:
                         raise
                     log.error("%s", problem.sentence)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from psycopg.types.json import Jsonb
-
 from cdc_embedder.pending import Key
-from cdc_embedder.rows.session import Connection
+from cdc_embedder.rows.session import Connection, jsonb
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ async def note(
     connection: Connection, slot: str, service: str, column: int, batch: Iterable[tuple[Key, bytes]]
 ) -> None:
     """These keys, with their texts' fingerprints, are with the model from now on."""
-    keys = Jsonb([[list(key), fingerprint.hex()] for key, fingerprint in batch])
+    keys = jsonb([[list(key), fingerprint.hex()] for key, fingerprint in batch])
     await connection.execute(
         "INSERT INTO cdc_embedder.in_flight (slot, service, column_id, keys) VALUES ($1, $2, $3, $4)"
         " ON CONFLICT (slot, service) DO UPDATE SET column_id = excluded.column_id, keys = excluded.keys",
@@ -68,7 +66,7 @@ async def acquit(connection: Connection, column: int, keys: Sequence[Key]) -> No
     """These keys were tried, or need no trial any more."""
     await connection.execute(
         "DELETE FROM cdc_embedder.suspect WHERE column_id = $1 AND key IN (SELECT jsonb_array_elements($2))",
-        (column, Jsonb([list(key) for key in keys])),
+        (column, jsonb([list(key) for key in keys])),
     )
 
 
@@ -77,5 +75,5 @@ async def sentence(connection: Connection, column: int, keys: Sequence[Key]) -> 
     await connection.execute(
         "UPDATE cdc_embedder.suspect SET guilty = false"
         " WHERE column_id = $1 AND key IN (SELECT jsonb_array_elements($2))",
-        (column, Jsonb([list(key) for key in keys])),
+        (column, jsonb([list(key) for key in keys])),
     )

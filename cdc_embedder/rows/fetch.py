@@ -14,6 +14,7 @@ from enum import IntEnum
 from psycopg import sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
+from psycopg.errors import CharacterNotInRepertoire, UntranslatableCharacter
 from psycopg.pq import Format
 
 from cdc_embedder.catalog import EmbeddingColumn
@@ -41,7 +42,8 @@ TEXT_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A judged row. `text` is the server's bytes in UTF-8 as it sent them; `failures` of this very text so far."""
+    """A judged row. `text` is the server's bytes in UTF-8 as it sent them, None where it could not; `failures` of this
+    very text so far."""
 
     verdict: Verdict
     fingerprint: bytes | None
@@ -105,18 +107,31 @@ class Fetch:
 
     def __init__(self, connection: Connection, column: EmbeddingColumn) -> None:
         self._connection = connection
-        self._statement = _statement(column).as_string(connection)
+        self._statement = _statement(column, texts=True).as_string(connection)
+        self._without_texts = _statement(column, texts=False).as_string(connection)
         self._width = len(column.key)
 
-    async def rows(self, keys: Sequence[Key]) -> tuple[Snapshot, list[Row]]:
-        """Judge `keys` (at least one): the statement's snapshot, and a row for each key, in order.
+    async def rows(self, keys: Sequence[Key]) -> list[tuple[Snapshot, Row]]:
+        """Judge `keys` (at least one): for each key, in order, its row and the snapshot that it was read with.
 
-        Raises psycopg.Error as it comes.
+        A text that the server cannot convert to UTF-8 is found by halving; its row has none and says EMBED. Raises
+        psycopg.Error as it comes.
         """
+        try:
+            snapshot, rows = await self._read(self._statement, keys)
+        except (CharacterNotInRepertoire, UntranslatableCharacter):
+            if len(keys) == 1:
+                snapshot, rows = await self._read(self._without_texts, keys)
+            else:
+                middle = len(keys) // 2
+                return await self.rows(keys[:middle]) + await self.rows(keys[middle:])
+        return [(snapshot, row) for row in rows]
+
+    async def _read(self, statement: str, keys: Sequence[Key]) -> tuple[Snapshot, list[Row]]:
         cursor = self._connection.cursor(binary=True)
         cursor.adapters.register_loader("text", _Bytes)
         columns = [[key[position] for key in keys] for position in range(self._width)]
-        await cursor.execute(self._statement, columns, prepare=True)
+        await cursor.execute(statement, columns, prepare=True)
         found = await cursor.fetchall()
         snapshot = Snapshot.parse(bytes(found[0][4]).decode())
         return snapshot, [
@@ -125,7 +140,7 @@ class Fetch:
         ]
 
 
-def _statement(column: EmbeddingColumn) -> sql.Composed:
+def _statement(column: EmbeddingColumn, *, texts: bool) -> sql.Composed:
     width = len(column.key)
     inputs = [sql.Identifier("k", f"key_{n + 1}") for n in range(width)]
     source = e.source_key(column)
@@ -148,7 +163,7 @@ def _statement(column: EmbeddingColumn) -> sql.Composed:
         limit=sql.Literal(TEXT_BYTES),
         arrays=sql.SQL(", ").join(sql.SQL(f"${n + 1}::text[]") for n in range(width)),
         names=sql.SQL(", ").join(sql.Identifier(f"key_{n + 1}") for n in range(width)),
-        text=e.text(column),
+        text=e.text(column) if texts else sql.SQL("NULL::text"),
         verdict=verdict(column, sql.SQL("f.fingerprint")),
         failed=failed(column, sql.SQL("f.fingerprint")),
         fingerprint=e.fingerprint(column),

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from psycopg import errors, sql
-from psycopg.types.json import Jsonb
 
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.lane import Lane
 from cdc_embedder.lsn import LSN
-from cdc_embedder.rows.session import Connection, one
+from cdc_embedder.rows.session import Connection, jsonb, one
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ async def scan_checkpoint(connection: Connection, column: int, unfinished: Unfin
     """Every row up to the position was judged: a pass that is broken off after this goes on from there."""
     await connection.execute(
         "UPDATE cdc_embedder.scan SET unfinished = $2 WHERE column_id = $1 AND coalesce(requested_at, 'epoch') = $3",
-        (column, Jsonb(asdict(unfinished)), unfinished.request),
+        (column, jsonb(asdict(unfinished)), unfinished.request),
     )
 
 

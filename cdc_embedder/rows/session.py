@@ -9,16 +9,19 @@ not come although the server's own time limit has passed is not waited for. Not 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import pq
 from psycopg.abc import PQGen
 from psycopg.rows import TupleRow
+from psycopg.types.json import Jsonb
 
 from cdc_embedder.conninfo import pinned
 from cdc_embedder.database_errors import from_database
@@ -114,6 +117,14 @@ async def connect(dsn: str, purpose: str, **settings: str) -> Connection:
         connection.answer_within_s = limit / 1000 + GRACE_SECONDS
     connection.cursor_factory = psycopg.AsyncRawCursor  # $1 in statements: identifiers may hold percent signs
     return connection
+
+
+def jsonb(value: Any) -> Jsonb:
+    """A parameter of type jsonb. Without \\u escapes: a database that is not UTF8 refuses those."""
+    return Jsonb(value, dumps=_dumps)
+
+
+_dumps = partial(json.dumps, ensure_ascii=False)
 
 
 async def one(connection: Connection, statement: Any, parameters: Sequence[Any] | None = None) -> TupleRow | None:

@@ -1,8 +1,10 @@
 """From the bytes of pgoutput (protocol 1) to messages. No I/O.
 
-Values arrive as text in `client_encoding`, which the session pins to UTF8. A relation is described before its first
-change and again after every change to it, so the cache lives as long as the connection: one decoder a connection.
-Not for protocol 2 and up: streamed transactions could still be aborted, and what is not committed is not ours to read.
+Values arrive as text in `client_encoding`, which is the database's own; what is not valid in it (in an SQL_ASCII
+database: not UTF-8) becomes lone surrogates (PEP 383), which no key may hold. A relation is described before
+its first change and again after every change to it, so the cache lives as long as the connection: one decoder a
+connection. Not for protocol 2 and up: streamed transactions could still be aborted, and what is not committed is not
+ours to read.
 Source: https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
 """
 
@@ -13,6 +15,7 @@ from struct import Struct, error
 
 from cdc_embedder.errors import ProtocolError
 from cdc_embedder.lsn import LSN
+from cdc_embedder.wal.encodings import CODECS
 from cdc_embedder.wal.messages import (
     Begin,
     Commit,
@@ -40,6 +43,9 @@ _COLUMN_TYPE = Struct("!Ii")
 
 _PROTOCOL = 1
 
+LONGEST_KEY = 1 << 20
+"""Bytes. A longer value fits into no index: it is no key, and nobody reads it."""
+
 
 def options(publication: str, *, messages: bool = False) -> dict[str, str]:
     """START_REPLICATION options for one publication. `messages`: logical messages too."""
@@ -55,7 +61,9 @@ class PgOutputDecoder:
     (Commit(commit_lsn=LSN(0/1550528), end_lsn=LSN(0/1550558)),)
     """
 
-    def __init__(self, wanted: Wanted | None = None) -> None:
+    def __init__(self, wanted: Wanted | None = None, *, server_encoding: str = "UTF8") -> None:
+        """`server_encoding`: which the session has as its client_encoding, too."""
+        self._codec = CODECS[server_encoding] or "utf-8"
         self._wanted = wanted
         self._relations: dict[int, tuple[Relation, tuple[str | None, ...]]] = {}
 
@@ -86,16 +94,16 @@ class PgOutputDecoder:
                 return self._relation(data)
             case 0x4F:  # O
                 _ORIGIN.unpack_from(data)
-                name, end = _string(data, _ORIGIN.size)
+                name, end = _string(data, _ORIGIN.size, self._codec)
                 return Origin(name=name), end
             case 0x44:  # D
                 return self._delete(data)
             case 0x54:  # T
                 return self._truncate(data)
             case 0x4D:  # M
-                return _logical_message(data)
+                return _logical_message(data, self._codec)
             case 0x59:  # Y: names a type; keys travel as text, so nobody needs it
-                _, end = _string(data, _string(data, 5)[1])
+                _, end = _string(data, _string(data, 5, self._codec)[1], self._codec)
                 return None, end
             case kind:
                 raise ProtocolError(
@@ -106,7 +114,7 @@ class PgOutputDecoder:
     def _insert(self, data: memoryview | bytes) -> tuple[Message, int]:
         relation, names = self._described(_INT32(data, 1)[0])
         _expect(data, 5, 0x4E)  # N
-        values, end = _tuple(data, 6, names)
+        values, end = _tuple(data, 6, names, self._codec)
         return Insert(relation, values), end
 
     def _update(self, data: memoryview | bytes) -> tuple[Message, int]:
@@ -114,11 +122,11 @@ class PgOutputDecoder:
         identity: Values = {}
         at = 5
         if data[5] == 0x4B:  # K: old key
-            identity, at = _tuple(data, 6, _key_only(relation, names))
+            identity, at = _tuple(data, 6, _key_only(relation, names), self._codec)
         elif data[5] == 0x4F:  # O: old row, under REPLICA IDENTITY FULL
-            identity, at = _tuple(data, 6, names)
+            identity, at = _tuple(data, 6, names, self._codec)
         _expect(data, at, 0x4E)  # N
-        values, end = _tuple(data, at + 1, names)
+        values, end = _tuple(data, at + 1, names, self._codec)
         return Update(relation, values, identity), end
 
     def _delete(self, data: memoryview | bytes) -> tuple[Message, int]:
@@ -127,7 +135,7 @@ class PgOutputDecoder:
             names = _key_only(relation, names)
         else:
             _expect(data, 5, 0x4F)  # O
-        identity, end = _tuple(data, 6, names)
+        identity, end = _tuple(data, 6, names, self._codec)
         return Delete(relation, identity), end
 
     def _truncate(self, data: memoryview | bytes) -> tuple[Message, int]:
@@ -139,8 +147,8 @@ class PgOutputDecoder:
 
     def _relation(self, data: memoryview | bytes) -> tuple[Message, int]:
         (oid,) = _INT32(data, 1)
-        schema, at = _string(data, 5)
-        name, at = _string(data, at)
+        schema, at = _string(data, 5, self._codec)
+        name, at = _string(data, at, self._codec)
         identity = chr(data[at])
         (count,) = _INT16(data, at + 1)
         at += 3
@@ -148,7 +156,7 @@ class PgOutputDecoder:
         key: list[str] = []
         for _ in range(count):
             in_key = data[at] & 1
-            column, at = _string(data, at + 1)
+            column, at = _string(data, at + 1, self._codec)
             _COLUMN_TYPE.unpack_from(data, at)
             at += _COLUMN_TYPE.size
             columns.append(column)
@@ -174,7 +182,9 @@ def _key_only(relation: Relation, names: tuple[str | None, ...]) -> tuple[str | 
     return tuple(name if name in relation.key_columns else None for name in names)
 
 
-def _tuple(data: memoryview | bytes, at: int, names: tuple[str | None, ...]) -> tuple[dict[str, str | None], int]:
+def _tuple(
+    data: memoryview | bytes, at: int, names: tuple[str | None, ...], codec: str
+) -> tuple[dict[str, str | None], int]:
     """The values of the columns that have a name here, and where the tuple ends (past the data, if that was cut)."""
     (count,) = _INT16(data, at)
     if count != len(names):
@@ -186,8 +196,8 @@ def _tuple(data: memoryview | bytes, at: int, names: tuple[str | None, ...]) -> 
         at += 1
         if kind == 0x74:  # t: text
             end = at + 4 + _INT32(data, at)[0]
-            if name is not None:
-                values[name] = str(data[at + 4 : end], "utf-8")
+            if name is not None and end - at <= LONGEST_KEY:
+                values[name] = str(data[at + 4 : end], codec, "surrogateescape")
             at = end
         elif kind == 0x6E:  # n: NULL
             if name is not None:
@@ -197,9 +207,9 @@ def _tuple(data: memoryview | bytes, at: int, names: tuple[str | None, ...]) -> 
     return values, at
 
 
-def _logical_message(data: memoryview | bytes) -> tuple[Message, int]:
+def _logical_message(data: memoryview | bytes, codec: str) -> tuple[Message, int]:
     flags, lsn = _MESSAGE.unpack_from(data)
-    prefix, at = _string(data, _MESSAGE.size)
+    prefix, at = _string(data, _MESSAGE.size, codec)
     (length,) = _INT32(data, at)
     end = at + 4 + length
     return LogicalMessage(bool(flags & 1), LSN(lsn), prefix, bytes(data[at + 4 : end])), end
@@ -210,9 +220,9 @@ def _expect(data: memoryview | bytes, at: int, kind: int) -> None:
         raise ProtocolError(f"a row starts with {chr(data[at])!r} instead of {chr(kind)!r}")
 
 
-def _string(data: memoryview | bytes, at: int) -> tuple[str, int]:
+def _string(data: memoryview | bytes, at: int, codec: str) -> tuple[str, int]:
     """A NUL-terminated string, and where the next field starts."""
     end = bytes(data[at:]).find(0)
     if end < 0:
         raise IndexError("a string without its end")
-    return str(data[at : at + end], "utf-8"), at + end + 1
+    return str(data[at : at + end], codec), at + end + 1

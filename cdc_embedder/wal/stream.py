@@ -96,6 +96,7 @@ class ReplicationStream:
         decoder: Decoder,
         *,
         timeout_s: float = 60.0,
+        client_encoding: str = "UTF8",
         on_warning: Callable[[str], None] | None = None,
     ) -> Self:
         """Connect and START_REPLICATION where the slot stands. `on_warning` gets the text of the server's WARNINGs.
@@ -103,7 +104,7 @@ class ReplicationStream:
         Raises SlotBusy, SlotLost (make it anew), PluginRefused, ServerGone, Misconfigured, each with its remedy.
         """
         pins = PINS | {"wal_sender_timeout": str(int(timeout_s * 1000))}
-        pinned_info = pinned(conninfo, "stream", pins, replication="database", client_encoding="UTF8")
+        pinned_info = pinned(conninfo, "stream", pins, replication="database", client_encoding=client_encoding)
         try:
             connection = await psycopg.AsyncConnection.connect(pinned_info, autocommit=True, prepare_threshold=None)
         except psycopg.Error as error:

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import msgspec
 
-from cdc_embedder.errors import Misconfigured, ProtocolError
+from cdc_embedder.errors import Misconfigured, NotCarried, ProtocolError
 from cdc_embedder.lsn import LSN
+from cdc_embedder.wal.encodings import CODECS
 from cdc_embedder.wal.messages import (
     Begin,
     Commit,
@@ -27,46 +28,9 @@ from cdc_embedder.wal.messages import (
     Truncate,
     Update,
 )
-from cdc_embedder.wal.pgoutput import Wanted
+from cdc_embedder.wal.pgoutput import LONGEST_KEY, Wanted
 
 _T = TypeVar("_T")
-
-_CODECS = {
-    "UTF8": None,
-    "SQL_ASCII": None,  # no encoding at all; what is not UTF-8 is refused as damaged
-    "EUC_CN": "gb2312",
-    "EUC_JIS_2004": "euc_jis_2004",
-    "EUC_JP": "euc_jp",
-    "EUC_KR": "euc_kr",
-    "ISO_8859_5": "iso8859-5",
-    "ISO_8859_6": "iso8859-6",
-    "ISO_8859_7": "iso8859-7",
-    "ISO_8859_8": "iso8859-8",
-    "KOI8R": "koi8-r",
-    "KOI8U": "koi8-u",
-    "LATIN1": "iso8859-1",
-    "LATIN2": "iso8859-2",
-    "LATIN3": "iso8859-3",
-    "LATIN4": "iso8859-4",
-    "LATIN5": "iso8859-9",
-    "LATIN6": "iso8859-10",
-    "LATIN7": "iso8859-13",
-    "LATIN8": "iso8859-14",
-    "LATIN9": "iso8859-15",
-    "LATIN10": "iso8859-16",
-    "WIN866": "cp866",
-    "WIN874": "cp874",
-    "WIN1250": "cp1250",
-    "WIN1251": "cp1251",
-    "WIN1252": "cp1252",
-    "WIN1253": "cp1253",
-    "WIN1254": "cp1254",
-    "WIN1255": "cp1255",
-    "WIN1256": "cp1256",
-    "WIN1257": "cp1257",
-    "WIN1258": "cp1258",
-}
-"""Server encoding → Python's codec; None: UTF-8, which the JSON decoder reads by itself."""
 
 
 def options(
@@ -134,12 +98,12 @@ class Wal2JsonDecoder:
 
     def __init__(self, server_encoding: str = "UTF8", wanted: Wanted | None = None) -> None:
         """Raises Misconfigured for an encoding that Python cannot read."""
-        if server_encoding not in _CODECS:
+        if server_encoding not in CODECS:
             raise Misconfigured(
                 f"wal2json sends its JSON in the server's encoding {server_encoding}, which cannot be read here",
                 hint="set output_plugin to pgoutput, which converts to UTF-8, and drop the wal2json slot",
             )
-        self._codec = _CODECS[server_encoding]
+        self._codec = CODECS[server_encoding]
         self._wanted = wanted
         self._event = msgspec.json.Decoder(_Event).decode
         self._string = msgspec.json.Decoder(str).decode
@@ -148,12 +112,21 @@ class Wal2JsonDecoder:
     def decode(self, payload: memoryview | bytes) -> Sequence[Message]:
         """The messages that one payload holds: one, or a begin and its origin. Raises ProtocolError, nothing else."""
         try:
-            text = payload if self._codec is None else str(payload, self._codec)
-            event = self._event(text)
-            return self._messages(event)
+            return self._messages(self._event(self._text(payload)))
         except (msgspec.DecodeError, ValueError, RecursionError) as cause:
             # not str(cause): it may quote the row
             raise ProtocolError(f"a wal2json message of {len(payload)} bytes is cut short or damaged") from cause
+
+    def _text(self, payload: memoryview | bytes) -> memoryview | bytes | str:
+        if self._codec is None:
+            return payload
+        try:
+            return str(payload, self._codec)
+        except UnicodeDecodeError:
+            raise NotCarried(
+                f"a value of a changed row is no text in the database's encoding ({self._codec})",
+                hint="a slot with pgoutput is needed, where that concerns one value only",
+            ) from None
 
     def _messages(self, event: _Event) -> Sequence[Message]:
         match event.action:
@@ -202,12 +175,12 @@ class Wal2JsonDecoder:
         values: dict[str, str | None] = {}
         for column in columns:
             name = column.name
-            if wanted is None or name in wanted:
+            if (wanted is None or name in wanted) and len(memoryview(column.value)) <= LONGEST_KEY:
                 value = values[name] = self._value(column)
                 if value is None and name in key:
-                    raise ProtocolError(
+                    raise NotCarried(
                         f"the value of the key column {name!r} did not arrive: it is NaN or infinite",
-                        hint="JSON has no such numbers; set output_plugin to pgoutput and drop the wal2json slot",
+                        hint="JSON has no such numbers: a slot with pgoutput is needed",
                     )
         return values
 

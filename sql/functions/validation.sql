@@ -47,7 +47,7 @@ BEGIN
     END IF;
     IF t.relpersistence = 'u' THEN
         RAISE NOTICE '% is unlogged: the slot never hears of it, so scans alone feed it', t.shown
-            USING HINT = 'Ask for a scan with cdc_embedder.reconcile(), or ALTER TABLE … SET LOGGED.';
+            USING HINT = 'Ask for a scan with cdc_embedder.reconcile(), or ALTER TABLE ... SET LOGGED.';
     END IF;
 END
 $$;
@@ -65,7 +65,7 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION '% has no primary key', source_table::regclass
             USING ERRCODE = 'invalid_table_definition',
-                  HINT = format('Rows are addressed by it: ALTER TABLE %s ADD PRIMARY KEY (…).', source_table::regclass);
+                  HINT = format('Rows are addressed by it: ALTER TABLE %s ADD PRIMARY KEY (...).', source_table::regclass);
     END IF;
     IF key.is_deferrable THEN
         RAISE EXCEPTION 'the primary key of % is deferrable', source_table::regclass

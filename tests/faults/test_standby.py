@@ -396,7 +396,7 @@ async def session(bench18: Bench) -> AsyncIterator[Connection]:
 async def write_under(session: Connection, bench: Bench, term: int) -> set[int]:
     """Write a vector to the only row, as the leader with that term would."""
     [column] = await catalog.load(session, bench.slot)
-    _, [row] = await Fetch(session, column).rows([("1",)])
+    [(_, row)] = await Fetch(session, column).rows([("1",)])
     vector = np.zeros((1, 8), np.float32)
     vector[0, 0] = 1
     write = Write(("1",), row.fingerprint or b"", has_vector=True)

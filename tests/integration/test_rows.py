@@ -58,8 +58,7 @@ async def configured(session: Connection, bench: Bench) -> EmbeddingColumn:
 
 
 async def judged(session: Connection, column: EmbeddingColumn, *keys: str) -> list[Row]:
-    _, rows = await Fetch(session, column).rows([(key,) for key in keys])
-    return rows
+    return [row for _, row in await Fetch(session, column).rows([(key,) for key in keys])]
 
 
 def vectors(count: int) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cdc_embedder.errors import ProtocolError
 from cdc_embedder.lsn import LSN
 from cdc_embedder.wal.messages import Begin, Commit, Insert, Message, Origin, Relation, Update
-from cdc_embedder.wal.pgoutput import PgOutputDecoder, options
+from cdc_embedder.wal.pgoutput import LONGEST_KEY, PgOutputDecoder, options
 from tests.capture import CHANGES, ODD, meaning, payloads
 
 CAPTURES = ["capture-pgoutput-15", "capture-pgoutput-18"]
@@ -174,12 +174,28 @@ def test_a_binary_value_stops_the_stream() -> None:
         decoder.decode(b"I\0\0\0\7N\0\3b\0\0\0\1xnn")
 
 
-def test_a_value_that_is_no_text_is_a_protocol_error_that_does_not_show_it() -> None:
+def test_a_value_that_is_no_text_stops_nothing_and_can_be_told_from_one_that_is() -> None:
     decoder = PgOutputDecoder()
     decoder.decode(RELATION)
-    with pytest.raises(ProtocolError) as raised:
-        decoder.decode(b"I\0\0\0\7N" + row(b"1", b"secret\xff", None))
-    assert "secret" not in raised.value.sentence
+    (insert,) = decoder.decode(b"I\0\0\0\7N" + row(b"1", b"no text\xff", None))
+    assert isinstance(insert, Insert)
+    assert "no text\udcff" in insert.values.values()
+
+
+def test_values_are_in_the_servers_encoding() -> None:
+    decoder = PgOutputDecoder(server_encoding="LATIN1")
+    decoder.decode(RELATION)
+    (insert,) = decoder.decode(b"I\0\0\0\7N" + row(b"1", "é".encode("latin-1"), None))
+    assert isinstance(insert, Insert)
+    assert "é" in insert.values.values()
+
+
+def test_a_value_that_is_too_long_for_a_key_is_passed_over() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION)
+    (insert,) = decoder.decode(b"I\0\0\0\7N" + row(b"1", b"x" * (LONGEST_KEY + 1), None))
+    assert isinstance(insert, Insert)
+    assert max(len(value or "") for value in insert.values.values()) == 1
 
 
 def test_a_publication_name_is_quoted_as_an_identifier() -> None:

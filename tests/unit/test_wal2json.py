@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_embedder.errors import Misconfigured, ProtocolError
+from cdc_embedder.errors import Misconfigured, NotCarried, ProtocolError
 from cdc_embedder.lsn import LSN
 from cdc_embedder.wal.messages import Begin, Commit, Insert, LogicalMessage, Message, Origin, Relation, Truncate, Update
 from cdc_embedder.wal.wal2json import Wal2JsonDecoder, options
@@ -164,6 +164,13 @@ def test_an_encoding_that_cannot_be_read_is_refused_at_once() -> None:
 def test_a_value_that_is_no_text_is_a_protocol_error_that_does_not_show_it() -> None:
     with pytest.raises(ProtocolError) as raised:
         Wal2JsonDecoder().decode(change("I", column('"secretX"')).replace(b"X", b"\xff"))
+    assert "secret" not in raised.value.sentence
+
+
+def test_a_value_that_is_no_text_in_the_servers_encoding_asks_for_the_other_plugin() -> None:
+    payload = change("I", column('"secretX"')).replace(b"X", b"\x81")
+    with pytest.raises(NotCarried) as raised:
+        Wal2JsonDecoder("WIN1252").decode(payload)
     assert "secret" not in raised.value.sentence
 
 
