@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 FIRST_SECONDS = 1.0
 LONGEST_SECONDS = 60.0
+LONGEST_ASKED_SECONDS = 3600.0
 
 
 @dataclass(slots=True)
@@ -27,10 +28,10 @@ class Breaker:
         return "open" if now < self.until else "half-open"
 
     def failed(self, now: float, rest: float | None = None) -> float:
-        """Open; returns for how many seconds: `rest` where the other side asked for it, else longer each time."""
+        """Open; returns for how many seconds: longer each time, and at least `rest`, which the other side asked for."""
         self.failures += 1
-        if rest is None:
-            rest = min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** min(self.failures - 1, 10)) * random.uniform(0.5, 1.0)
+        own = min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** min(self.failures - 1, 10)) * random.uniform(0.5, 1.0)
+        rest = own if rest is None else min(max(rest, own), LONGEST_ASKED_SECONDS)
         self.until = now + rest
         return rest
 

@@ -200,8 +200,11 @@ class Configuration:
 
     async def _start_serving(self, lane: Lane, request: ScanRequest) -> None:
         column = lane.column
-        if await requests.remake_ledger(self._connection, column.id) and request.started:
-            await requests.want_scan(self._connection, [column.id], "the key changed")
+        async with self._connection.transaction():  # a crash between the two would forget the backlog
+            remade = await requests.remake_ledger(self._connection, column.id) and request.started
+            if remade:
+                await requests.want_scan(self._connection, [column.id], "the key changed")
+        if remade:
             lane.cast_doubt()
         lane.paused = ""
         if column.on_existing == "ask" and not request.started and await scan.holds_vectors(self._connection, column):
@@ -218,8 +221,9 @@ class Configuration:
 
     async def _stop_serving(self, lane: Lane) -> None:
         """Nothing is lost by it: the scan is requested first, durably."""
-        await requests.want_scan(self._connection, [lane.column.id], "the column was not served")
-        lane.cast_doubt()
+        if lane.served or lane.scan.counted or not lane.scan.wanted:
+            await requests.want_scan(self._connection, [lane.column.id], "the column was not served")
+            lane.cast_doubt()
         lane.served, lane.covered = False, None
         lane.forget()
 

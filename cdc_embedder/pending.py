@@ -319,8 +319,8 @@ class Pending:
         heapq.heapify(self._delayed)
 
     def _merge(self, entry: Entry, later: Reason) -> None:
-        """The older commit keeps its hold, the later xid decides about visibility."""
-        if later.xid is not None:
+        """The older commit keeps its hold, the later xid decides about visibility; one of the backlog's is no later."""
+        if later.xid is not None and (entry.reason.xid is None or later.last >= entry.reason.last):
             entry.reason.xid, entry.reason.last = later.xid, later.last
         if later.seq is not None:
             entry.reason.seq = later.seq

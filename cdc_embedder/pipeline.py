@@ -31,7 +31,7 @@ from cdc_embedder.pending import Entry, Key, Pending, Work
 from cdc_embedder.routing import Router
 from cdc_embedder.rows import scan
 from cdc_embedder.rows.fetch import Fetch, Row, Verdict
-from cdc_embedder.rows.session import Connection
+from cdc_embedder.rows.session import Connection, wait_until_flushed
 from cdc_embedder.rows.writeback import KILLED_THE_PROCESS, Write
 from cdc_embedder.rows.writers import Writers
 from cdc_embedder.scheduling import Candidate, Scheduler
@@ -41,6 +41,9 @@ from cdc_embedder.wal.stream import ReplicationStream
 log = logging.getLogger(__name__)
 
 now = time.monotonic
+
+CONFIRM_SECONDS = 0.1
+"""How often it is looked whether more may be confirmed."""
 
 SPILL_SHARE = 0.75
 """Of the keys that may be held in memory: from here on the oldest are spilled; at the limit reading pauses."""
@@ -92,6 +95,8 @@ class Pipeline:
         self._watch = watch
         self._began = now()
         self._trial = False
+        self._judged = False
+        self._confirmable = asyncio.Event()
         self.max_pending = max_pending
         self._scheduler = Scheduler()
         self._fetches: dict[int, tuple[EmbeddingColumn, Fetch]] = {}
@@ -130,13 +135,36 @@ class Pipeline:
         self._work.set()
 
     def confirm(self) -> None:
-        """Tell the stream how far the slot may be confirmed."""
-        if self.stream is not None:
-            watermark = self._configuration.watermark
-            watermark.idle(self.stream.idle_through)
-            if watermark.flushed > self.stream.confirmed:
-                self.stream.confirm(watermark.flushed)
-                failpoints.reached("confirmed")
+        """There may be more to confirm."""
+        self._confirmable.set()
+
+    async def confirming(self, connection: Connection) -> None:
+        """For ever: tell the stream how far the slot may be confirmed."""
+        while True:
+            await self._confirmable.wait()
+            self._confirmable.clear()
+            await self.confirm_once(connection)
+            await asyncio.sleep(CONFIRM_SECONDS)
+
+    async def confirm_once(self, connection: Connection) -> None:
+        """Confirm what is finished, when all that its verdicts rested on is flushed.
+
+        A row may have been found done because of a commit that the application made with synchronous_commit = off: a
+        crash of the server could take it back, and what was confirmed would be judged by nobody.
+        """
+        stream, watermark = self.stream, self._configuration.watermark
+        if stream is None:
+            return
+        watermark.idle(stream.idle_through)
+        through = watermark.flushed
+        if through <= stream.confirmed:
+            return
+        if self._judged:
+            self._judged = False
+            await wait_until_flushed(connection)
+        if self.stream is stream:
+            stream.confirm(through)
+            failpoints.reached("confirmed")
 
     async def read(self, stream: ReplicationStream, router: Router) -> None:
         """Route what the stream delivers, until cancelled. Raises what the stream raises."""
@@ -259,6 +287,7 @@ class Pipeline:
             ]
             await self._try_suspects(batch, current)
         self.settle(lane, pending.finish(done))
+        self._judged = True
         pending.give_back(later, now())
         for entry in invisible:
             pending.give_back([entry], now(), min(RETRY_SECONDS, INVISIBLE_SECONDS * 2 ** min(entry.tries, 10)))
@@ -384,6 +413,7 @@ class Pipeline:
 
     async def _written(self, batch: Batch, chunk: slice, done: set[int]) -> None:
         failpoints.reached("written")
+        self._judged = True
         lane = batch.lane
         entries, writes = batch.entries[chunk], batch.writes[chunk]
         self.settle(lane, batch.pending.finish(entry for index, entry in enumerate(entries) if index in done))

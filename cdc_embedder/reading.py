@@ -109,11 +109,9 @@ class Reading:
             await self.close()
 
     async def close(self, *, clean: bool = True) -> None:
-        """Let go of the slot; `clean`: after confirming what is finished, in agreement with the server."""
+        """Let go of the slot; `clean`: in agreement with the server, which has then what was confirmed."""
         stream = self._pipeline.stream
         if stream is not None:
-            if clean:
-                self._pipeline.confirm()
             self._pipeline.stream = None
             await stream.close(clean=clean)
 

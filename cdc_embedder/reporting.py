@@ -64,8 +64,8 @@ class Reporter:
         id, scan = lane.column.id, lane.scan
         done = lane.embedded - self._embedded.get(id, 0)
         self._embedded[id] = lane.embedded
-        rate = 0.7 * self._rates.get(id, 0.0) + 0.3 * done / PERIOD_SECONDS
-        self._rates[id] = rate = rate if rate >= 0.05 else 0.0
+        rate = 0.6 * self._rates.get(id, 0.0) + 0.4 * done / PERIOD_SECONDS
+        self._rates[id] = rate = rate if rate >= 0.1 else 0.0
         oldest = lane.pending.oldest
         oldest_s = None if oldest is None else round(self._now() - oldest, 3)
         counts = (scan.rows, scan.null, scan.current, scan.failed, scan.truncated)

@@ -118,6 +118,8 @@ class Scanner:
     async def _may_end(self, current: Pass) -> float:
         """Every row was judged. Where the pass does not count another one is needed, once the barrier is passed."""
         lane = current.lane
+        if lane.covered is None:
+            return TICK_SECONDS  # not known yet: a pass that ended now would not count
         if lane.scan.counted or current.sound:
             await current.sweep(self._connection, self._now)
             return 0.0
@@ -133,6 +135,9 @@ class Scanner:
             await current.sweep(self._connection, self._now)
             return 0.0
         lane = current.lane
+        if not (lane.scan.counted or current.sound):
+            del self._passes[lane.column.id]  # a doubt came while it swept
+            return 0.0
         lane.scan.counted = lane.covered is True
         lane.scan.current = lane.scan.rows - lane.scan.null - lane.scan.failed
         await requests.scan_finished(self._connection, lane, current.request)

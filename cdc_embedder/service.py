@@ -215,6 +215,7 @@ class Service:
                     configuration.run(),
                     configuration.listen(listener),
                     scanner.run(),
+                    pipeline.confirming(retrier),
                     pipeline.retry(retrier),
                     spiller.drain(retrier),
                     spiller.spill(spilling),
@@ -227,6 +228,7 @@ class Service:
             log.info("stopping: finishing the batch in hand")
             pipeline.stop()
             await asyncio.gather(*stages)
+            await pipeline.confirm_once(retrier)
             reader.cancel()
             for task in background:
                 task.cancel()

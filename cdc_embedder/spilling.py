@@ -117,5 +117,7 @@ class Spiller:
         rows = await backlog.page(connection, lane.column, lane.drained)
         for row in rows:
             pending.restore(row.key, row.seq, row.xid, now())
+        if not rows and lane.drained == 0:
+            lane.backlog = await backlog.count(connection, lane.column)
         lane.drained = rows[-1].seq if rows else 0
         return len(pending) - before

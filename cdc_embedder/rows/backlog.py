@@ -98,7 +98,13 @@ async def forget_transactions(connection: Connection, slot: str) -> None:
         (slot,),
     )
     for (name,) in await cursor.fetchall():
-        await connection.execute(sql.SQL("UPDATE {} SET xid = NULL, last_lsn = '0/0'").format(sql.SQL(name)))
+        async with connection.transaction():
+            await connection.execute("SET LOCAL statement_timeout = 0")
+            await connection.execute(
+                sql.SQL("UPDATE {} SET xid = NULL, first_lsn = '0/0', last_lsn = '0/0' WHERE last_lsn <> '0/0'").format(
+                    sql.SQL(name)
+                )
+            )
 
 
 def _name(column: EmbeddingColumn) -> e.Composed:
@@ -115,19 +121,23 @@ def _arrays(column: EmbeddingColumn) -> e.Composed:
 
 
 def _spill(column: EmbeddingColumn) -> sql.Composed:
-    """Two spellings of one key (1.0 and 1.00) are one row, with the later transaction's xid."""
+    """Two spellings of one key (1.0 and 1.00) are one row, with the xid of the later transaction, and with its seq: who
+    holds the other one removes nothing."""
     width, comma = len(column.key), sql.SQL(", ").join
     return sql.SQL(
         "WITH base AS MATERIALIZED (SELECT nextval({sequence}::regclass) * {seqs} AS seq), given AS ("
-        " SELECT {typed}, i.first_lsn, i.last_lsn, i.xid, base.seq + i.ordinal - 1 AS seq"
+        " SELECT {names}, first_lsn, last_lsn, xid, seq FROM {backlog} WHERE false"  # its types and collations
+        " UNION ALL SELECT {typed}, i.first_lsn, i.last_lsn, i.xid, base.seq + i.ordinal - 1 AS seq"
         "   FROM unnest({arrays}, {first}::text[]::pg_lsn[], {last}::text[]::pg_lsn[], {xid}::text[]::xid8[])"
         "        WITH ORDINALITY AS i({names}, first_lsn, last_lsn, xid, ordinal), base"
         "), written AS ("
         " INSERT INTO {backlog} AS b ({names}, first_lsn, last_lsn, xid, seq)"
-        " SELECT {names}, min(first_lsn), max(last_lsn), (array_agg(xid ORDER BY last_lsn DESC, seq DESC))[1], max(seq)"
+        " SELECT {names}, min(first_lsn), max(last_lsn), (array_agg(xid ORDER BY last_lsn DESC, seq DESC))[1],"
+        "        (array_agg(seq ORDER BY last_lsn DESC, seq DESC))[1]"
         "   FROM given GROUP BY {names}"
-        " ON CONFLICT ({names}) DO UPDATE SET seq = excluded.seq, last_lsn = greatest(b.last_lsn, excluded.last_lsn),"
-        "    xid = CASE WHEN excluded.last_lsn >= b.last_lsn THEN excluded.xid ELSE b.xid END"
+        " ON CONFLICT ({names}) DO UPDATE SET last_lsn = greatest(b.last_lsn, excluded.last_lsn),"
+        "    xid = CASE WHEN excluded.last_lsn >= b.last_lsn THEN excluded.xid ELSE b.xid END,"
+        "    seq = CASE WHEN excluded.last_lsn >= b.last_lsn THEN excluded.seq ELSE b.seq END"
         " RETURNING b.xmax = 0 AS fresh)"
         " SELECT (SELECT seq FROM base), count(*) FILTER (WHERE fresh) FROM written"
     ).format(

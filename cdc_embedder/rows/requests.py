@@ -55,15 +55,15 @@ async def scans(connection: Connection) -> dict[int, ScanRequest]:
 
 
 async def want_scan(connection: Connection, columns: Sequence[int], reason: str, *, uncover: bool = True) -> None:
-    """Durably request a scan of each column, where none is wanted already.
+    """Durably request a scan of each column.
 
     `uncover`: events may have been missed, so the scan must be made under a snapshot taken after the stream covers
-    the table again (rule 10).
+    the table again (rule 10), whatever was wanted before. Otherwise a request that is open stays as it is.
     """
     await connection.execute(
         "UPDATE cdc_embedder.scan SET requested_at = clock_timestamp(), reason = $2, counted = counted AND NOT $3,"
         " unfinished = CASE WHEN NOT $3 THEN unfinished END WHERE column_id = ANY($1)"
-        " AND (requested_at IS NULL OR requested_at <= finished_at OR ($3 AND (counted OR unfinished IS NOT NULL)))",
+        " AND ($3 OR requested_at IS NULL OR requested_at <= finished_at)",
         (list(columns), reason, uncover),
     )
 

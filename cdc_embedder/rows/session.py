@@ -119,6 +119,30 @@ async def connect(dsn: str, purpose: str, **settings: str) -> Connection:
     return connection
 
 
+async def wait_until_flushed(connection: Connection) -> None:
+    """Returns when everything that any snapshot could see by now is flushed: a crash of the server leaves it standing.
+
+    The server does that soon after every commit. Records of no commit may lie longer: then a transaction of ours, which
+    has nothing to it but its flush, takes them along.
+    """
+    row = await one(connection, "SELECT pg_current_wal_insert_lsn()::text")
+    assert row is not None
+    written = row[0]
+    for turn in range(_FLUSH_TURNS + 1):
+        row = await one(
+            connection,
+            "SELECT pg_wal_lsn_diff(pg_current_wal_flush_lsn(), $1::pg_lsn) >= 0"
+            + (", pg_current_xact_id()" if turn == _FLUSH_TURNS - 1 else ""),
+            (written,),
+        )
+        if row is not None and row[0]:
+            return
+        await asyncio.sleep(0.02 * 2 ** min(turn, 4))
+
+
+_FLUSH_TURNS = 6
+
+
 def jsonb(value: Any) -> Jsonb:
     """A parameter of type jsonb. Without \\u escapes: a database that is not UTF8 refuses those."""
     return Jsonb(value, dumps=_dumps)
