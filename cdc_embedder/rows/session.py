@@ -122,25 +122,21 @@ async def connect(dsn: str, purpose: str, **settings: str) -> Connection:
 async def wait_until_flushed(connection: Connection) -> None:
     """Returns when everything that any snapshot could see by now is flushed: a crash of the server leaves it standing.
 
-    The server does that soon after every commit. Records of no commit may lie longer: then a transaction of ours, which
-    has nothing to it but its flush, takes them along.
+    The server does that soon after every commit. Where it does not, a transaction of ours takes along what lies before
+    it: one that writes something, since the server flushes for no other. Its message is one that no slot asks for.
     """
     row = await one(connection, "SELECT pg_current_wal_insert_lsn()::text")
     assert row is not None
     written = row[0]
-    for turn in range(_FLUSH_TURNS + 1):
-        row = await one(
-            connection,
-            "SELECT pg_wal_lsn_diff(pg_current_wal_flush_lsn(), $1::pg_lsn) >= 0"
-            + (", pg_current_xact_id()" if turn == _FLUSH_TURNS - 1 else ""),
-            (written,),
-        )
+    for turn in range(_FLUSH_TURNS):
+        row = await one(connection, "SELECT pg_wal_lsn_diff(pg_current_wal_flush_lsn(), $1::pg_lsn) >= 0", (written,))
         if row is not None and row[0]:
             return
-        await asyncio.sleep(0.02 * 2 ** min(turn, 4))
+        await asyncio.sleep(0.02 * 2**turn)
+    await connection.execute("SELECT pg_logical_emit_message(true, 'cdc-embedder flush', '')")
 
 
-_FLUSH_TURNS = 6
+_FLUSH_TURNS = 5
 
 
 def jsonb(value: Any) -> Jsonb:
