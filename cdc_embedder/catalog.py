@@ -43,8 +43,8 @@ class EmbeddingColumn:
 
     `fires_triggers`: an UPDATE fires triggers or rules of the user's; `fires_always`: it does so even in a session with
     session_replication_role = replica. `refuses_updates`: it has no replica identity, so an UPDATE fails as long as it
-    is published. `moved`: it was configured in another cluster or database. `storage`: a hash of the files that hold the
-    rows, another one after a rewrite, a TRUNCATE, or when a partition comes or goes.
+    is published. `moved`: it was configured in another cluster or database. `storage`: a hash of the files that hold
+    the rows, another one after a rewrite, a TRUNCATE, or when a partition comes or goes.
     """
 
     id: int
@@ -126,7 +126,8 @@ SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_n
            AND (p.relreplident = 'n'
                 OR p.relreplident <> 'f' AND NOT EXISTS (
                     SELECT FROM pg_index i WHERE i.indrelid = p.oid AND i.indimmediate
-                       AND CASE p.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END))) AS unidentified,
+                       AND CASE p.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END)))
+           AS unidentified,
        EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication b ON b.oid = r.prpubid
                 WHERE b.pubname = c.slot AND r.prrelid = t.oid) AS published,
        EXISTS (SELECT FROM pg_trigger g
