@@ -3,12 +3,15 @@
 # TORCH_INDEX   where torch comes from, if not from pip's own index. On a machine without a GPU:
 #               make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # ARGS          for demo: a question, --keep, --rows N; for test: pytest's arguments
+# MINUTES       for soak; SEED too, to begin where another run did
 # WORKERS       how many tests run side by side; each has servers of its own, and mostly waits
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+MINUTES ?= 10
+SEED ?=
 WORKERS ?= 3
 
 BIN := $(VENV)/bin
@@ -16,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check servers format clean
+.PHONY: help demo test soak check servers format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -26,6 +29,9 @@ demo: $(VENV)/.demo ## an embedded PostgreSQL, the standard library's docstrings
 
 test: $(VENV)/.test servers ## every test; what this machine lacks is named at the end
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+soak: $(VENV)/.test servers ## random operations and faults for MINUTES=10, on every plugin; seed and violations at the end
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.test ## formatting, lint, types, and which module may import what
 	$(BIN)/ruff format --check .

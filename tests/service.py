@@ -22,10 +22,11 @@ PATIENCE_S = 60.0
 
 
 class Service:
-    """`python -m cdc_embedder run` as a child process; its log is kept in a file."""
+    """`python -m cdc_embedder run`, or another module in its place, as a child process; its log is kept in a file."""
 
-    def __init__(self, bench: Any, **environment: str) -> None:
+    def __init__(self, bench: Any, module: str = "cdc_embedder", **environment: str) -> None:
         self._bench = bench
+        self._module = module
         self._environment = {
             "CDC_EMBEDDER_DSN": bench.dsn_service,
             "CDC_EMBEDDER_SLOT": bench.slot,
@@ -54,8 +55,9 @@ class Service:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_EMBEDDER_", "PG"))}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cdc_embedder", "run"],
+                [sys.executable, "-m", self._module, "run"],
                 env=inherited | self._environment,
+                cwd=Path(__file__).parents[1],
                 stdout=log,
                 stderr=log,
             )
@@ -96,9 +98,9 @@ class Service:
 
 
 @contextmanager
-def running(bench: Any, **environment: str) -> Iterator[Service]:
+def running(bench: Any, module: str = "cdc_embedder", **environment: str) -> Iterator[Service]:
     """The service from start to end; a failing test shows its log."""
-    service = Service(bench, **environment).start()
+    service = Service(bench, module, **environment).start()
     try:
         yield service
     except BaseException:

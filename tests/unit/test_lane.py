@@ -39,6 +39,10 @@ COLUMN = EmbeddingColumn(
     unlogged=False,
     published=True,
     fires_triggers=False,
+    fires_always=False,
+    refuses_updates=False,
+    moved=False,
+    storage=1,
     fault=None,
 )
 
@@ -61,6 +65,37 @@ def test_a_column_is_backfilling_until_its_first_scan_counted(lane: Lane) -> Non
     assert lane.state == ("backfilling", "")
     lane.scan.counted = True
     assert lane.state == ("live", "")
+
+
+def test_a_routine_scan_is_nothing_that_a_column_waits_for(lane: Lane) -> None:
+    lane.scan = ScanProgress(running=True, routine=True, counted=True)
+    assert lane.state == ("live", "")
+    lane.scan.wanted = True
+    assert lane.state == ("backfilling", "")
+
+
+def test_a_doubt_voids_what_every_scan_has_counted_so_far(lane: Lane) -> None:
+    lane.barrier = 7
+    lane.cast_doubt()
+    assert (lane.barrier, lane.doubts, lane.scan.wanted, lane.scan.counted) == (None, 1, True, False)
+
+
+def test_what_is_outstanding_is_in_memory_or_in_the_backlog(lane: Lane) -> None:
+    assert lane.outstanding == 0
+    lane.pending.want(("scanned",), Work.SCAN, 0.0)
+    lane.backlog = 3
+    assert lane.outstanding == 4
+    lane.pending.restore(("1",), 1, None, 0.0)
+    assert lane.outstanding == 4, "a key that was taken up again counts once"
+    lane.backlog = 0
+    assert lane.outstanding == 2
+
+
+def test_a_lane_that_forgets_looks_at_its_backlog_from_the_start_again(lane: Lane) -> None:
+    lane.pending.restore(("1",), 1, None, 0.0)
+    lane.backlog, lane.drained, lane.settled = 3, 1, [(("2",), 2)]
+    lane.forget()
+    assert (len(lane.pending), lane.backlog, lane.drained, lane.settled) == (0, 3, 0, [])
 
 
 @pytest.mark.parametrize("scan", [ScanProgress(wanted=True, counted=True), ScanProgress(running=True, counted=True)])
@@ -116,7 +151,8 @@ def test_a_logged_column_without_a_stream_is_an_error_even_though_scans_feed_it(
 def test_a_lane_is_ready_when_it_is_served_has_a_model_and_rests_no_more(lane: Lane) -> None:
     assert not lane.ready(0.0)
     lane.embedder = FakeEmbedder(MODEL)
-    lane.down_until = 5.0
+    assert lane.ready(0.0)
+    lane.breaker.failed(0.0, rest=5.0)
     assert [lane.ready(now) for now in (4.9, 5.0)] == [False, True]
     lane.served = False
     assert not lane.ready(6.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cdc_embedder.lsn import LSN
-from cdc_embedder.pending import Pending, Work
+from cdc_embedder.pending import Pending, Spill, Work
 from cdc_embedder.watermark import Watermark
 
 
@@ -21,9 +21,14 @@ def pending(watermark: Watermark) -> Pending:
 
 def changed(pending: Pending, watermark: Watermark, key: str, xid: int, end: int) -> None:
     """A transaction that changes one row."""
-    position = watermark.begin()
+    position = watermark.begin(LSN(end - 1))
     pending.change((key,), position, xid, now=float(end))
     watermark.commit(position, LSN(end))
+
+
+def spill(pending: Pending, since: float = 1000.0, limit: int = 100, seq: int = 7) -> list[tuple[Spill, int]]:
+    """What the backlog would be given, with the seqs of its rows; `spilled` is still to be called."""
+    return [(found, seq + n) for n, found in enumerate(pending.holding(since, limit))]
 
 
 def test_a_thousand_changes_of_a_key_are_one_entry_with_the_oldest_position(
@@ -98,14 +103,21 @@ def test_a_delayed_key_is_not_taken_before_its_time(pending: Pending) -> None:
     assert len(pending.take(Work.REPAIR, 1, 5.0)) == 1
 
 
-def test_keys_of_a_lost_connection_stay_and_hold_nothing(pending: Pending, watermark: Watermark) -> None:
+def test_keys_that_wait_for_a_commit_are_forgotten_until_the_new_stream_brings_it_again(
+    pending: Pending, watermark: Watermark
+) -> None:
     changed(pending, watermark, "a", 7, 10)
-    changed(pending, watermark, "b", 7, 10)
     [first] = pending.take(Work.LIVE, 1, 0.0)
+    changed(pending, watermark, "b", 7, 10)
+    changed(pending, watermark, "c", 7, 10)
+    [_, third] = pending.take(Work.LIVE, 2, 0.0)
+    pending.give_back([third], 0.0, delay_s=5.0)
+    pending.want(("d",), Work.SCAN, 0.0)
     again = Watermark()
     pending.rebase(again)
     again.idle(LSN(10))
-    assert (again.flushed, len(pending)) == (10, 2)
+    assert (again.flushed, len(pending)) == (10, 3), "a and b are in flight, d is a scan's"
+    assert ([pending.waiting(work) for work in Work], pending.wake(0.0)) == ([0, 0, 1], None)
     changed(pending, again, "a", 7, 20)
     pending.finish([first])
     assert again.flushed == 10
@@ -184,3 +196,189 @@ def test_a_live_change_to_a_delayed_key_lifts_it_and_leaves_its_delay(pending: P
     assert [pending.waiting(work) for work in Work] == [0, 0, 0]
     assert pending.take(Work.LIVE, 1, 4.0) == []
     assert len(pending.take(Work.LIVE, 10, 5.0)) == 1
+
+
+def test_what_holds_the_watermark_for_too_long_is_found_oldest_first(pending: Pending, watermark: Watermark) -> None:
+    pending.want(("scanned",), Work.SCAN, 0.0)
+    for key, end in (("a", 10), ("b", 20), ("a", 30), ("c", 40)):
+        changed(pending, watermark, key, 100 + end, end)
+    found = pending.holding(20.0, 10)
+    assert [(one.key, one.first, one.last, one.xid) for one in found] == [(("a",), 9, 29, 130), (("b",), 19, 19, 120)]
+    assert [one.key for one in pending.holding(1000.0, 1)] == [("a",)]
+    assert pending.holding(9.0, 10) == []
+
+
+def test_what_came_in_flight_is_found_beside_what_is_in_flight(pending: Pending, watermark: Watermark) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    pending.take(Work.LIVE, 1, 0.0)
+    changed(pending, watermark, "a", 2, 20)
+    assert [(one.first, one.xid) for one in pending.holding(20.0, 10)] == [(9, 1), (19, 2)]
+    assert [(one.first, one.xid) for one in pending.holding(19.0, 10)] == [(9, 1)]
+
+
+def test_a_spilled_key_that_waits_is_forgotten_and_the_watermark_passes_it(
+    pending: Pending, watermark: Watermark
+) -> None:
+    for key in "abc":
+        changed(pending, watermark, key, 7, 10)
+    pending.give_back(pending.take(Work.LIVE, 1, 0.0), 0.0, delay_s=50.0)
+    pending.want(("b",), Work.SCAN, 0.0)
+    spills = spill(pending)
+    assert watermark.flushed == 0, "found is not durable"
+    pending.spilled(spills)
+    assert (watermark.flushed, len(pending), pending.oldest, pending.wake(0.0)) == (10, 0, None, None)
+    assert [pending.unfinished(work) + pending.waiting(work) for work in Work] == [0, 0, 0]
+    assert pending.take(Work.LIVE, 10, 100.0) == []
+
+
+def test_places_of_spilled_keys_are_not_kept(pending: Pending, watermark: Watermark) -> None:
+    for _ in range(3):
+        for key in range(100):
+            changed(pending, watermark, str(key), 7, 10)
+        pending.give_back(pending.take(Work.LIVE, 50, 0.0), 0.0, delay_s=5.0)
+        pending.spilled(spill(pending))
+    assert [len(places) for places in (*pending._queues, pending._delayed)] == [0, 0, 0, 0]
+
+
+def test_a_key_that_is_spilled_in_flight_is_settled_when_that_ends(pending: Pending, watermark: Watermark) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    taken = pending.take(Work.LIVE, 1, 0.0)
+    pending.spilled(spill(pending, seq=7))
+    assert (watermark.flushed, len(pending)) == (10, 1)
+    assert pending.holding(1000.0, 10) == []
+    assert pending.finish(taken) == [(("a",), 7)]
+    assert (len(pending), pending.unfinished(Work.LIVE)) == (0, 0)
+
+
+def test_a_key_that_is_spilled_in_flight_and_given_back_keeps_its_row_and_its_xid(
+    pending: Pending, watermark: Watermark
+) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    taken = pending.take(Work.LIVE, 1, 0.0)
+    pending.spilled(spill(pending, seq=7))
+    pending.give_back(taken, 0.0)
+    changed(pending, watermark, "a", 2, 20)
+    [again] = pending.take(Work.LIVE, 1, 0.0)
+    assert (again.reason.xid, again.reason.seq, watermark.flushed) == (2, 7, 10)
+    assert pending.finish([again]) == [(("a",), 7)]
+    assert watermark.flushed == 20
+
+
+def test_what_came_in_flight_is_spilled_for_itself_and_settled_by_its_own_judgement(
+    pending: Pending, watermark: Watermark
+) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    taken = pending.take(Work.LIVE, 1, 0.0)
+    changed(pending, watermark, "a", 2, 20)
+    pending.spilled(spill(pending, seq=7))
+    assert watermark.flushed == 20
+    assert pending.finish(taken) == [(("a",), 7)], "the row has seq 8 by now"
+    [again] = pending.take(Work.LIVE, 1, 0.0)
+    assert (again.reason.xid, pending.finish([again])) == (2, [(("a",), 8)])
+
+
+def test_a_key_that_changed_while_it_was_spilled_holds_the_watermark_still(
+    pending: Pending, watermark: Watermark
+) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    spills = spill(pending)
+    changed(pending, watermark, "a", 2, 20)
+    pending.spilled(spills)
+    assert (watermark.flushed, len(pending)) == (0, 1)
+    pending.spilled(spill(pending))
+    assert (watermark.flushed, len(pending)) == (20, 0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_key_that_was_judged_while_it_was_spilled_is_let_go_once(
+    pending: Pending, watermark: Watermark, again: bool
+) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    spills = spill(pending)
+    taken = pending.take(Work.LIVE, 1, 0.0)
+    if again:
+        changed(pending, watermark, "a", 2, 20)
+    assert pending.finish(taken) == []
+    pending.spilled(spills)
+    assert (watermark.flushed, len(pending), watermark.outstanding) == (10, again, again)
+
+
+@pytest.mark.parametrize("end", ["cleared", "lost"])
+def test_a_key_of_an_earlier_stream_or_service_is_not_let_go_for_what_was_spilled_then(
+    pending: Pending, watermark: Watermark, end: str
+) -> None:
+    changed(pending, watermark, "a", 1, 10)
+    spills = spill(pending)
+    if end == "lost":
+        watermark = Watermark()
+        pending.rebase(watermark)
+    else:
+        pending.clear()
+    changed(pending, watermark, "a", 2, 20)
+    before = watermark.flushed
+    pending.spilled(spills)
+    assert (watermark.flushed, len(pending), watermark.outstanding) == (before, 1, 1)
+
+
+def test_a_restored_key_is_repair_work_under_the_xid_of_its_row(pending: Pending) -> None:
+    pending.restore(("a",), 7, 42, 0.0)
+    pending.restore(("b",), 8, None, 0.0)
+    pending.restore(("a",), 7, 42, 1.0)
+    taken = pending.take(Work.REPAIR, 10, 0.0)
+    assert [(entry.key, entry.reason.xid) for entry in taken] == [(("a",), 42), (("b",), None)]
+    pending.restore(("a",), 7, 42, 1.0)
+    assert pending.finish(taken) == [(("a",), 7), (("b",), 8)]
+    assert len(pending) == 0, "the same row does not make a key in flight dirty"
+
+
+def test_a_row_that_is_restored_to_a_key_that_waits_is_settled_with_it(pending: Pending, watermark: Watermark) -> None:
+    changed(pending, watermark, "live", 5, 10)
+    pending.want(("scanned",), Work.SCAN, 0.0)
+    for seq, key in enumerate(("live", "scanned"), 7):
+        pending.restore((key,), seq, 4, 0.0)
+    assert [pending.unfinished(work) for work in Work] == [1, 0, 1]
+    [live], [scanned] = pending.take(Work.LIVE, 1, 0.0), pending.take(Work.SCAN, 1, 0.0)
+    assert (live.reason.xid, scanned.reason.xid) == (5, 4), "the stream's is the later one"
+    assert pending.finish([live, scanned]) == [(("live",), 7), (("scanned",), 8)]
+
+
+def test_a_newer_row_that_is_restored_to_a_key_in_flight_has_it_judged_again(pending: Pending) -> None:
+    pending.restore(("a",), 7, None, 0.0)
+    taken = pending.take(Work.REPAIR, 1, 0.0)
+    pending.restore(("a",), 8, 42, 0.0)
+    assert pending.finish(taken) == [(("a",), 7)]
+    [again] = pending.take(Work.REPAIR, 1, 0.0)
+    assert (again.reason.xid, pending.finish([again])) == (42, [(("a",), 8)])
+
+
+def test_a_row_that_is_restored_to_a_key_in_flight_does_not_make_its_xid_older(
+    pending: Pending, watermark: Watermark
+) -> None:
+    changed(pending, watermark, "a", 3, 30)
+    taken = pending.take(Work.LIVE, 1, 0.0)
+    pending.restore(("a",), 7, 1, 0.0)
+    pending.give_back(taken, 0.0)
+    [again] = pending.take(Work.LIVE, 1, 0.0)
+    assert (again.reason.xid, again.reason.seq) == (3, 7), "else a snapshot that does not see 3 could finish it"
+
+
+def test_a_change_to_a_restored_key_lifts_it_and_spills_it_under_a_new_seq(
+    pending: Pending, watermark: Watermark
+) -> None:
+    pending.restore(("a",), 7, None, 0.0)
+    changed(pending, watermark, "a", 5, 10)
+    assert [pending.unfinished(work) for work in Work] == [1, 0, 0]
+    [(found, seq)] = spill(pending, seq=8)
+    assert (found.first, found.xid) == (9, 5)
+    pending.spilled([(found, seq)])
+    assert (len(pending), watermark.flushed) == (0, 10)
+
+
+def test_the_time_of_a_key_counts_from_its_first_change_and_not_from_a_scan_before(
+    pending: Pending, watermark: Watermark
+) -> None:
+    pending.want(("scanned",), Work.SCAN, 1.0)
+    changed(pending, watermark, "other", 1, 10)
+    changed(pending, watermark, "scanned", 2, 20)
+    assert [found.key for found in pending.holding(15.0, 10)] == [("other",)]
+    assert [found.key for found in pending.holding(20.0, 10)] == [("other",), ("scanned",)]

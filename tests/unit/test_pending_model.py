@@ -239,21 +239,24 @@ class Waiting(RuleBasedStateMachine):
 
     @rule(target=written, column=COLUMNS, age=st.integers(0, 3), limit=st.integers(1, 4))
     def holding(self, column: int, age: int, limit: int) -> Written:
-        due = {
-            (key, group.transactions[0].position.commit, group.transactions[-1].position.commit, group.xid): (
+        due = [
+            (
                 one,
                 group,
+                (key, group.transactions[0].position.commit, group.transactions[-1].position.commit, group.xid),
             )
             for key, one in self.asked[column].items()
             for group in one.groups
             if group.transactions and group.since <= self.now - age
-        }
+        ]
         found = self.columns[column].holding(self.now - age, limit)
         assert len(found) <= limit + 1, "a key that is in flight and changed again brings two"
         assert age > 0 or len(found) >= min(limit, len(due))
         known = []
         for spill in found:
-            one, group = due.pop((spill.key, spill.first, spill.last, spill.xid))
+            said = spill.key, spill.first, spill.last, spill.xid
+            place = next(n for n, (*_, expected) in enumerate(due) if expected == said)
+            one, group, _ = due.pop(place)
             known.append((spill, self.number(), one, group, group.transactions[-1]))
         return Written(column, known)
 

@@ -112,3 +112,13 @@ def test_releasing_more_than_was_held_is_a_defect_that_shows() -> None:
     watermark = Watermark()
     with pytest.raises(AssertionError, match="released more often than held"):
         watermark.release(watermark.begin())
+
+
+def test_where_a_commit_record_begins_is_noted_and_never_confirmed() -> None:
+    watermark = Watermark()
+    position = watermark.begin(LSN(40))
+    watermark.hold(position)
+    watermark.commit(position, LSN(50))
+    assert (position.commit, watermark.begin().commit, watermark.flushed) == (40, ZERO, ZERO)
+    watermark.release(position)
+    assert watermark.flushed == 50
