@@ -190,8 +190,9 @@ class Configuration:
         if not column.enabled:
             await self._stop_serving(lane)
             return
-        if lane.served and before.key != column.key:
-            await self._stop_serving(lane)  # the keys that wait are of another shape, or were told by other names
+        if lane.served and (before.key, before.sources, before.target) != (column.key, column.sources, column.target):
+            # The keys that wait are of another shape; or names were swapped, and until now another column was used.
+            await self._stop_serving(lane)
         if not lane.served:
             await self._start_serving(lane, request)
         elif (before.schema, before.table) != (column.schema, column.table) and self._plugin == "wal2json":
@@ -232,7 +233,7 @@ class Configuration:
         if lane.fault != reason:
             log.error("%s: %s", lane.column.label, reason)
         lane.fault = lane.last_error = reason
-        if lane.column.published:
+        if lane.column.published and lane.column.refuses_updates:
             await requests.unpublish(self._connection, self._slot, lane.column.schema, lane.column.table)
         await self._stop_serving(lane)
 

@@ -58,16 +58,18 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     stored text := format('%I.%I', c.source_schema, c.source_name);
+    named oid := (SELECT t.oid FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace
+                   WHERE n.nspname = c.source_schema AND t.relname = c.source_name);
     present text := (SELECT format('%I.%I', n.nspname, t.relname)
                        FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace WHERE t.oid = c.source_table);
 BEGIN
     IF NOT c.enabled THEN
         state := 'paused';
         reason := CASE WHEN said.state = 'paused' THEN coalesce(said.reason, 'paused') ELSE 'paused' END;
-    ELSIF present IS NULL AND to_regclass(stored) IS NULL THEN
+    ELSIF present IS NULL AND named IS NULL THEN
         state := 'error';
         reason := format('the table %s is gone: remove the column, or make the table and call cdc_embedder.resume(%L)', stored, stored);
-    ELSIF present IS DISTINCT FROM stored AND to_regclass(stored) IS NOT NULL THEN
+    ELSIF present IS DISTINCT FROM stored AND named IS NOT NULL THEN
         state := 'error';
         reason := format('%s is another table than the one that was configured: cdc_embedder.resume(%L) takes the one of that name', stored, stored)
                   || coalesce(format(', cdc_embedder.resume(%L) keeps the old one', present), '');
