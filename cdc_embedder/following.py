@@ -201,11 +201,8 @@ class Configuration:
 
     async def _start_serving(self, lane: Lane, request: ScanRequest) -> None:
         column = lane.column
-        async with self._connection.transaction():  # a crash between the two would forget the backlog
-            remade = await requests.remake_ledger(self._connection, column.id) and request.started
-            if remade:
-                await requests.want_scan(self._connection, [column.id], "the key changed")
-        if remade:
+        if await requests.remake_ledger(self._connection, column.id) and request.started:
+            await requests.want_scan(self._connection, [column.id], "the key changed")
             lane.cast_doubt()
         lane.paused = ""
         if column.on_existing == "ask" and not request.started and await scan.holds_vectors(self._connection, column):

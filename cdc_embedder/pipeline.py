@@ -54,6 +54,9 @@ INVISIBLE_SECONDS = 0.01
 RETRY_SECONDS = 2.0
 """Longest wait before a row that was locked, or a statement that was refused for the moment, is tried again."""
 
+RETRY_AHEAD = 3 * scan.PAGE
+"""Keys of repair work, the backlog's among them, beyond which no failed row is tried again."""
+
 RETRY_POLL_SECONDS = 5.0
 """How often the ledgers are asked for failed rows whose time has come."""
 
@@ -222,7 +225,7 @@ class Pipeline:
         while True:
             await asyncio.sleep(RETRY_POLL_SECONDS)
             for lane in self.lanes:
-                if not lane.ready(now()) or lane.pending.unfinished(Work.REPAIR):
+                if not lane.ready(now()) or lane.pending.unfinished(Work.REPAIR) >= RETRY_AHEAD:
                     continue
                 try:
                     due = await scan.due(connection, lane.column, scan.PAGE)

@@ -2,7 +2,8 @@
 -- All of it runs as the schema's owner.
 
 -- Make the ledger and the backlog of a column, anew where the key's types or collations are others than it has.
--- True: it is new and empty. No key any more (the table is gone): nothing is done.
+-- True: it is new and empty; where there was another one, a scan is requested with it, since keys may have been in the
+-- backlog. No key any more (the table is gone): nothing is done.
 CREATE OR REPLACE FUNCTION cdc_embedder._make_ledger(column_id int, anew boolean DEFAULT false) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -30,6 +31,9 @@ BEGIN
         RETURN false;
     END IF;
     PERFORM cdc_embedder._drop_ledger(column_id);
+    IF found_types IS NOT NULL THEN
+        PERFORM cdc_embedder._request_scan(column_id, 'another key', true);
+    END IF;
     SELECT string_agg(format('key_%s %s', k.position, k.type)
                       || coalesce(' COLLATE ' || quote_ident(n.nspname) || '.' || quote_ident(l.collname), ''), ', ' ORDER BY k.position)
       INTO columns

@@ -7,6 +7,7 @@ whatever happens to them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from cdc_embedder.embedding.fake import fake_vector
 from tests.documents import make_model
 from tests.servers import SERVICE_ROLE
 from tests.service import Service, confirmed, running, status, until, wait_caught_up
+
+both_plugins = pytest.mark.parametrize("bench", ["15-wal2json", "18-pgoutput"], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ UNTOUCHED = (
 """Neither text nor vector of row 1 is another afterwards: it must not cost a call of the model."""
 
 
-@pytest.mark.parametrize("bench", ["15-wal2json", "18-pgoutput"], indirect=True)
+@both_plugins
 def test_ddl_of_every_kind_is_followed_or_told_while_the_others_go_on(bench: Any) -> None:
     admin = bench.admin
     make_model(bench)
@@ -183,7 +186,7 @@ def test_ddl_of_every_kind_is_followed_or_told_while_the_others_go_on(bench: Any
         for name, case in CASES.items():
             run(bench, "UPDATE {t} SET body = 'just before' WHERE id = 3; " + case.ddl, tables[name])
         for name, case in told.items():
-            until(lambda c=case, t=tables[name]: paused(bench, c, t), f"{name}: no reason", lambda: status(bench))
+            until(partial(paused, bench, case, tables[name]), f"{name}: no reason", lambda: status(bench))
         others_are_embedded(bench, "while the columns are in error", service)
         for name, case in told.items():
             run(bench, case.heal, tables[name])
@@ -191,9 +194,9 @@ def test_ddl_of_every_kind_is_followed_or_told_while_the_others_go_on(bench: Any
             run(bench, case.after, case.table.format(t=tables[name]))
         for name, case in CASES.items():
             until(
-                lambda c=case, t=tables[name]: right(bench, c, t),
+                partial(right, bench, case, tables[name]),
                 f"{name}: not every row has the vector of its text",
-                lambda c=case, t=tables[name]: (rows_of(bench, c, t), service.log),
+                partial(rows_of, bench, case, tables[name]),
             )
         others_are_embedded(bench, "in the end", service)
         until(lambda: all(row["state"] == "live" for row in status(bench)), "not healed", lambda: status(bench))
@@ -245,7 +248,7 @@ def test_changes_before_and_after_a_ddl_in_one_transaction_are_followed(bench: A
         wait_caught_up(bench)
 
 
-@pytest.mark.parametrize("bench", ["15-wal2json", "18-pgoutput"], indirect=True)
+@both_plugins
 def test_columns_that_swap_their_names_are_not_taken_for_one_another(bench: Any) -> None:
     """Until the catalog is looked at again, statements with the old names would read and write the other column."""
     make_model(bench)
@@ -324,6 +327,7 @@ def test_a_vector_type_of_another_dimension_pauses_its_column_alone(bench18: Any
         assert [filled("v", "large"), filled("w", "large"), filled("x", "fake")] == [True, True, True]
 
 
+@both_plugins
 def test_an_unlogged_table_is_fed_by_scans_until_it_is_logged_again(bench: Any) -> None:
     make_model(bench)
     for table in ("volatile", "others"):

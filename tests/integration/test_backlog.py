@@ -257,9 +257,10 @@ async def test_a_row_is_removed_only_by_who_knows_its_seq(bench: Bench, session:
     column = await configured(session, bench)
     first, _ = await backlog.spill(session, column, changed((("1",), 100, 5), (("2",), 100, 5)))
     again, _ = await backlog.spill(session, column, changed((("1",), 200, 6)))
-    settled = [(("1",), first), (("2",), first + 1), (("2",), first + 1), (("3",), first + 2)]
+    settled = [(("1",), first), (("1",), first + 1), (("2",), first + 1), (("2",), first + 1), (("3",), first + 2)]
     assert await backlog.remove(session, column, settled) == 1
     assert rows(bench) == [("1", 100, 200, again)]
+    assert await backlog.remove(session, column, [(("2",), again)]) == 0
     assert await backlog.remove(session, column, [(("1",), again)]) == 1
     assert await backlog.count(session, column) == 0
 

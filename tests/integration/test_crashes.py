@@ -27,7 +27,6 @@ from cdc_embedder.rows.requests import ScanRequest, Unfinished
 from cdc_embedder.rows.session import Connection, connect
 from cdc_embedder.rows.writeback import KILLED_THE_PROCESS, Term, Write, WriteBack
 from cdc_embedder.watermark import Watermark
-from tests.configuring import wait_until_blocked
 from tests.servers import Bench, make_bench
 
 pytestmark = pytest.mark.asyncio
@@ -84,8 +83,15 @@ async def term(session: Connection, slot: str = "s") -> Term:
 
 
 def one(bench: Bench, statement: str) -> Any:
-    [value] = bench.admin.execute(statement).fetchone()  # type: ignore[arg-type, misc]
+    [value] = bench.admin.execute(statement).fetchone()  # type: ignore[misc]
     return value
+
+
+async def blocked(bench: Bench, session: Connection) -> None:
+    """Returns when the session waits for a lock."""
+    waits = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = {session.info.backend_pid}"
+    while not await asyncio.to_thread(one, bench, waits):
+        pass
 
 
 async def test_what_another_service_left_with_the_model_is_suspected_and_ones_own_is_not(
@@ -208,7 +214,7 @@ async def test_rule_9_a_term_begins_after_the_write_back_in_flight(
         assert isinstance(from_database(refused.value, "taking over"), Temporary)
         await other.execute("SET lock_timeout = 0")
         taking = asyncio.create_task(requests.take_term(other, "s", "another service"))
-        await asyncio.to_thread(wait_until_blocked, bench.admin, other)
+        await blocked(bench, other)
     assert await taking == first.number + 1
     assert one(bench, "SELECT embedding IS NOT NULL FROM documents WHERE id = 1")
     bench.admin.execute("UPDATE documents SET body = 'changed'")
@@ -231,7 +237,7 @@ async def test_rule_9_a_write_back_that_waited_for_a_new_term_finds_its_own_over
                 [Write(("1",), row.fingerprint or b"", has_vector=True)], np.full((1, 4), 0.5, np.float32)
             )
         )
-        await asyncio.to_thread(wait_until_blocked, bench.admin, session)
+        await blocked(bench, session)
     assert await writing == set()
     assert one(bench, "SELECT embedding IS NULL FROM documents WHERE id = 1")
     await other.close()
@@ -297,6 +303,18 @@ async def test_a_pass_that_was_broken_off_goes_on_where_it_was(session: Connecti
     found = await requested(session, column)
     assert (found.wanted, found.started, found.counted) == (False, True, True)
     assert await requests.scan_started(session, column.id) == (request, None)
+
+
+async def test_a_pass_that_answered_another_request_is_not_gone_on_with(
+    bench: Bench, session: Connection, column: EmbeddingColumn
+) -> None:
+    request, _ = await requests.scan_started(session, column.id)
+    await requests.scan_checkpoint(session, column.id, unfinished("2020-01-01 00:00:00+00"))
+    assert one(bench, "SELECT unfinished IS NULL FROM cdc_embedder.scan")
+    await requests.scan_checkpoint(session, column.id, unfinished(request))
+    bench.admin.execute("UPDATE cdc_embedder.scan SET requested_at = requested_at + interval '1 s'")
+    [_, none] = await requests.scan_started(session, column.id)
+    assert none is None
 
 
 @pytest.mark.parametrize("how", ["events were missed", "somebody asked", "another generation"])

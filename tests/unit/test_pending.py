@@ -237,7 +237,8 @@ def test_places_of_spilled_keys_are_not_kept(pending: Pending, watermark: Waterm
             changed(pending, watermark, str(key), 7, 10)
         pending.give_back(pending.take(Work.LIVE, 50, 0.0), 0.0, delay_s=5.0)
         pending.spilled(spill(pending))
-    assert [len(places) for places in (*pending._queues, pending._delayed)] == [0, 0, 0, 0]
+    assert [len(queue) for queue in pending._queues] == [0, 0, 0]
+    assert pending._delayed == []
 
 
 def test_a_key_that_is_spilled_in_flight_is_settled_when_that_ends(pending: Pending, watermark: Watermark) -> None:

@@ -19,9 +19,12 @@ from cdc_embedder.lsn import LSN
 from cdc_embedder.pending import Entry, Key, Pending, Spill, Work
 from cdc_embedder.watermark import Position, Watermark
 
-COLUMNS = st.integers(0, 1)
-KEYS = st.sampled_from([("1",), ("1",), ("2",), ("3",)])  # most of what can go wrong needs one key again and again
+COLUMNS = st.sampled_from([0, 0, 0, 1])
+KEYS = st.sampled_from([("1",), ("1",), ("1",), ("2",), ("3",)])  # most of what can go wrong needs one key repeatedly
 WORK = st.sampled_from(Work)
+AGES = st.sampled_from([0, 0, 0, 1, 2])
+RARELY = st.sampled_from([False, False, False, False, True])
+"""What sets all back is rare, else nothing would ever get far."""
 
 
 def xid_of(number: int) -> int:
@@ -237,7 +240,7 @@ class Waiting(RuleBasedStateMachine):
             one.later = None
         self.confirm()
 
-    @rule(target=written, column=COLUMNS, age=st.integers(0, 3), limit=st.integers(1, 4))
+    @rule(target=written, column=COLUMNS, age=AGES, limit=st.integers(1, 4))
     def holding(self, column: int, age: int, limit: int) -> Written:
         due = [
             (
@@ -289,14 +292,18 @@ class Waiting(RuleBasedStateMachine):
         for _, one in sorted(delayed, key=lambda pair: pair[0]):
             one.until, one.queued = None, self.number()
 
-    @rule(column=COLUMNS)
-    def clear(self, column: int) -> None:
+    @rule(column=COLUMNS, really=RARELY)
+    def clear(self, column: int, really: bool) -> None:
+        if not really:
+            return
         self.columns[column].clear()
         self.asked[column].clear()
         self.confirm()
 
-    @rule()
-    def reconnect(self) -> None:
+    @rule(really=RARELY)
+    def reconnect(self, really: bool) -> None:
+        if not really:
+            return
         self.watermark, self.transactions, self.flushed = Watermark(), [], 0
         for column, asked in zip(self.columns, self.asked, strict=True):
             column.rebase(self.watermark)
@@ -464,13 +471,20 @@ class Losing(RuleBasedStateMachine):
     def confirm(self) -> None:
         self.confirmed = max(self.confirmed, self.watermark.flushed)
 
-    @rule()
-    def lose_the_stream(self) -> None:
-        self.stream()
+    @rule(keys=st.lists(KEYS, min_size=1, max_size=2))
+    def write_and_receive(self, keys: list[Key]) -> None:
+        self.write(keys)
+        self.receive(10_000)
 
-    @rule()
-    def die(self) -> None:
-        self.start()
+    @rule(really=RARELY)
+    def lose_the_stream(self, really: bool) -> None:
+        if really:
+            self.stream()
+
+    @rule(really=RARELY)
+    def die(self, really: bool) -> None:
+        if really:
+            self.start()
 
     @rule(key=KEYS, work=st.sampled_from([Work.REPAIR, Work.SCAN]))
     def want(self, key: Key, work: Work) -> None:
@@ -501,7 +515,7 @@ class Losing(RuleBasedStateMachine):
         if self.in_flight.pop(entry, None) is not None:
             self.pending.give_back([entry], self.now, float(delay))
 
-    @rule(age=st.integers(0, 3), limit=st.integers(1, 4))
+    @rule(age=AGES, limit=st.integers(1, 4))
     def spill(self, age: int, limit: int) -> None:
         """The statement: rows of one key are one, with the later transaction's xid and seq."""
         if self.spills:
