@@ -308,7 +308,7 @@ class Configuration:
                     f" ({embedder.identity}, not {recorded})",
                     hint="pin its revision in the model table, or change the row to start a new generation",
                 )
-            lane.embedder = embedder
+            lane.embedder, lane.loaded = embedder, self._now()
         except ColumnFault as problem:
             await self.fail(lane, problem)
         except psycopg.Error as error:

@@ -78,7 +78,7 @@ class Lane:
     `barrier` and `covered`: see `scanning` and `following`. `uncovered`, `trouble` and `waiting_for` are what `status`
     tells while the column works all the same: no stream, no embedder for the moment, old transactions.
     `backlog` is the number of spilled keys, `drained` the seq up to which they were taken up again, `settled` the rows
-    that may be removed. `suspects`: see `rows.crashes`.
+    that may be removed. `loaded` is when the embedder came. `suspects`: see `rows.crashes`.
     """
 
     column: EmbeddingColumn
@@ -96,6 +96,7 @@ class Lane:
     next_publication: float = 0.0
     statement: str | None = None
     embedder: Embedder | None = None
+    loaded: float = 0.0
     loading: bool = False
     breaker: Breaker = field(default_factory=Breaker)
     backlog: int = 0

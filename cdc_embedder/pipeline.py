@@ -61,7 +61,7 @@ RETRY_POLL_SECONDS = 5.0
 """How often the ledgers are asked for failed rows whose time has come."""
 
 TRIAL_SECONDS = 5.0
-"""How long the service has worked before suspects are tried, alone: what kills us every few seconds is not a row."""
+"""How long the model has been loaded before suspects are tried, alone: what kills us every few seconds is not a row."""
 
 HALF_LARGEST = 65504.0
 """The greatest number that halfvec's elements can hold; only vectors that are not normalized come near it."""
@@ -96,7 +96,6 @@ class Pipeline:
         self._fetcher = fetcher
         self._writers = writers
         self._watch = watch
-        self._began = now()
         self._trial = False
         self._judged = False
         self._confirmable = asyncio.Event()
@@ -313,7 +312,7 @@ class Pipeline:
             (others if suspect is None or suspect.guilty else alone).append(index)
         if void:
             await self._watch.acquit(lane, void)
-        early = now() < self._began + TRIAL_SECONDS
+        early = lane.embedder is None or now() < lane.loaded + TRIAL_SECONDS
         self._trial = bool(alone) and not early and not (others and self._trial)  # every other batch at the most
         kept = alone[:1] if self._trial else others
         rest = [entry for index, entry in enumerate(batch.entries) if index not in kept]

@@ -125,7 +125,7 @@ WITH guard AS MATERIALIZED (
     SELECT {held_key}, h.fingerprint, {generation}, CASE WHEN h.error IS NULL THEN h.digest END,
            CASE WHEN h.error IS NOT NULL THEN 'failed' WHEN h.flags & 2 <> 0 THEN 'truncated' ELSE 'current' END,
            CASE WHEN h.error IS NULL THEN 0 ELSE 1 END, h.error,
-           CASE WHEN h.error = {killed} THEN clock_timestamp() + interval '10 minutes'
+           CASE WHEN h.error = {killed} THEN clock_timestamp() + interval '1 minute'
                 WHEN h.error IS NOT NULL THEN {first_retry} END, clock_timestamp()
       FROM held h
     ON CONFLICT ({ledger_names}) DO UPDATE

@@ -48,7 +48,7 @@ def test_a_row_that_kills_the_process_is_set_aside_after_its_second_kill(bench18
         [(id, error, attempts, retry_at)] = failed(bench18)
         assert (id, attempts) == (999, 1)
         assert "the process died twice" in error
-        assert bench18.admin.execute("SELECT %s > now() + interval '5 minutes'", (retry_at,)).fetchone() == (True,)
+        assert bench18.admin.execute("SELECT %s > now() + interval '30 seconds'", (retry_at,)).fetchone() == (True,)
         bench18.admin.execute("INSERT INTO documents (id, body) VALUES (1000, 'one more')")
         until(lambda: status(bench18)[0]["current"] == rows + 1, "does not go on", lambda: service.log)
         assert service.exit_status is None
@@ -136,7 +136,7 @@ def test_an_outage_of_the_model_is_told_by_the_circuit_breaker_and_counts_agains
 ) -> None:
     tmp_path.chmod(0o755)
     down = tmp_path / "down"
-    make_model(bench18, down_while_exists=str(down))
+    make_model(bench18, down_while_exists=str(down), delay_s=2)  # long enough to see a trial
     make_documents(bench18, 10)
     with running(bench18) as service:
         wait_caught_up(bench18)
