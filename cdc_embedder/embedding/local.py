@@ -38,6 +38,9 @@ _MOST_CHARACTERS = 1_000_000
 """Of a longer text only so much is tokenized where the model has a length limit (at most some 10,000 tokens): the
 rest could not reach it. The tokenizer takes hundreds of bytes a token, and ends the process where it gets none."""
 
+_MEMORY_SIGNS = ("DefaultCPUAllocator: ", "not enough memory", "out of memory", "could not create a primitive")
+"""What torch and oneDNN, which has no better word for it, say in a RuntimeError when memory runs out."""
+
 _PROMPT_NAMES = {InputType.DOCUMENT: ("document", "passage", "corpus"), InputType.QUERY: ("query",)}
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -265,4 +268,4 @@ def _prompt(spec: ModelSpec, model: SentenceTransformer, input_type: InputType) 
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return any(sign in str(error) for sign in ("DefaultCPUAllocator: ", "not enough memory", "out of memory"))
+    return any(sign in str(error) for sign in _MEMORY_SIGNS)
