@@ -6,6 +6,7 @@ limits, which is what the embedder has to read from a model's files. Their vecto
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from tokenizers.models import Unigram, WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Metaspace, Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 WORDS = (
     "canary warm up query passage a an and cat dog read write csv file row text of the in to is short long vector "
@@ -30,7 +41,8 @@ HIDDEN = 32
 def bert(
     folder: Path,
     *,
-    pooling: str = "mean",
+    pooling: str | tuple[str, ...] = "mean",
+    include_prompt: bool = True,
     prompts: Mapping[str, str] | None = None,
     max_seq_length: int | None = 32,
     dense: int | None = None,
@@ -40,18 +52,9 @@ def bert(
     seed: int = 0,
 ) -> Path:
     """A BERT; `dense` adds a projection to so many dimensions, `width` is what a token takes inside a layer."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split(), ":", "-"])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    fast = _words()
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(fast),
         hidden_size=HIDDEN,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -62,7 +65,62 @@ def bert(
     parts = folder / "parts"
     BertModel(config).save_pretrained(parts)
     fast.save_pretrained(parts)
-    return _assemble(folder, parts, pooling, prompts, max_seq_length, dense, normalize)
+    return _assemble(folder, parts, pooling, prompts, max_seq_length, dense, normalize, include_prompt)
+
+
+def mpnet(folder: Path) -> Path:
+    """An MPNet: positions relative to each other, and attention of its own that takes no other function."""
+    fast = _words()
+    config = MPNetConfig(
+        vocab_size=len(fast),
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=36,
+        pad_token_id=0,
+    )
+    torch.manual_seed(2)
+    parts = folder / "parts"
+    MPNetModel(config).save_pretrained(parts)
+    fast.save_pretrained(parts)
+    return _assemble(folder, parts, "mean", None, 32, None, True)
+
+
+def modernbert(folder: Path) -> Path:
+    """A ModernBERT: rotary positions, and layers that see a window of their neighbours only."""
+    fast = _words()
+    config = ModernBertConfig(
+        vocab_size=len(fast),
+        hidden_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        local_attention=8,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+    )
+    torch.manual_seed(3)
+    parts = folder / "parts"
+    ModernBertModel(config).save_pretrained(parts)
+    fast.save_pretrained(parts)
+    return _assemble(folder, parts, "mean", None, 32, None, True)
+
+
+def with_code(folder: Path) -> Path:
+    """A model that brings code of its own, as gte-large-en-v1.5 does."""
+    saved = bert(folder)
+    (saved / "modeling_tiny.py").write_text(
+        "from transformers import BertModel\n\n\nclass TinyModel(BertModel):\n    pass\n"
+    )
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_tiny.TinyModel"}}))
+    return saved
 
 
 def xlm_roberta(folder: Path, *, max_seq_length: int | None = None, prompts: Mapping[str, str] | None = None) -> Path:
@@ -99,21 +157,33 @@ def xlm_roberta(folder: Path, *, max_seq_length: int | None = None, prompts: Map
     return _assemble(folder, parts, "mean", prompts, max_seq_length, None, True)
 
 
+def _words() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split(), ":", "-"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
 def _assemble(
     folder: Path,
     parts: Path,
-    pooling: str,
+    pooling: str | tuple[str, ...],
     prompts: Mapping[str, str] | None,
     max_seq_length: int | None,
     dense: int | None,
     normalize: bool,
+    include_prompt: bool = True,
 ) -> Path:
-    modules: list[torch.nn.Module] = [
-        Transformer(str(parts), max_seq_length=max_seq_length),
-        Pooling(HIDDEN, pooling_mode=pooling),
-    ]
+    pooled = Pooling(HIDDEN, pooling_mode=pooling, include_prompt=include_prompt)
+    modules: list[torch.nn.Module] = [Transformer(str(parts), max_seq_length=max_seq_length), pooled]
     if dense is not None:
-        modules.append(Dense(HIDDEN, dense, activation_function=torch.nn.Tanh()))
+        modules.append(Dense(pooled.get_embedding_dimension(), dense, activation_function=torch.nn.Tanh()))
     if normalize:
         modules.append(Normalize())
     saved = folder / "model"

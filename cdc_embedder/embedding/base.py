@@ -54,15 +54,28 @@ class Embedded:
 
 
 class Embedder(Protocol):
-    """A loaded model. One call at a time; calls come from worker threads and block."""
+    """A loaded model. Calls come from worker threads and block."""
 
     @property
     def identity(self) -> str:
         """What exactly is loaded: a hub commit, or the SHA-256 of the weights. Another one is another model."""
         ...
 
+    @property
+    def engine(self) -> str:
+        """How it runs, in a few words for the log and `status`."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many calls at once are worth it: while one is with the device, another may be tokenized."""
+        ...
+
     def embed(self, texts: Sequence[str], input_type: InputType) -> Embedded:
-        """Embed `texts` in order. Raises TextRejected, EmbedderDown or ModelFault (see `errors`)."""
+        """Embed `texts` in order, in `concurrency` threads at once.
+
+        Raises TextRejected, EmbedderDown or ModelFault (see `errors`).
+        """
         ...
 
     def close(self) -> None:
@@ -79,9 +92,9 @@ def finish(vectors: NDArray[Any], spec: ModelSpec) -> tuple[Vectors, NDArray[np.
     out = np.ascontiguousarray(vectors, dtype=np.float32)
     if out.ndim != 2 or out.shape[1] != spec.dimensions:
         raise ValueError(f"expected vectors of {spec.dimensions} dimensions, got an array of shape {out.shape}")
-    good: NDArray[np.bool_] = np.asarray(np.isfinite(out).all(axis=1))
+    norms = np.sqrt(np.einsum("ij,ij->i", out, out, dtype=np.float64))  # in float64 no finite row overflows
+    good: NDArray[np.bool_] = np.isfinite(norms)
     if spec.normalize:
-        norms = np.linalg.norm(out.astype(np.float64), axis=1)
-        good &= np.isfinite(norms) & (norms > 0)
-        out = (out / np.where(good, norms, 1.0)[:, None]).astype(np.float32)
+        good &= norms > 0
+        out = out / np.where(good, norms, 1.0).astype(np.float32)[:, None]
     return out, good

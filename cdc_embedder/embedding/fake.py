@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,14 +38,25 @@ class FakeEmbedder:
         self._spec = spec
         self._delay_s = number_option(spec, "delay_s", 0, least=0)
         self._delay_per_text_s = number_option(spec, "delay_per_text_s", 0, least=0)
+        self._device = threading.Lock()
 
     @property
     def identity(self) -> str:
         return f"fake:{self._spec.name}"
 
+    @property
+    def engine(self) -> str:
+        return "fake"
+
+    @property
+    def concurrency(self) -> int:
+        """As a device has it: one call sleeps while the other hashes."""
+        return 2
+
     def embed(self, texts: Sequence[str], input_type: InputType) -> Embedded:
         options = self._spec.options
-        time.sleep(self._delay_s + len(texts) * self._delay_per_text_s)
+        with self._device:
+            time.sleep(self._delay_s + len(texts) * self._delay_per_text_s)
         sign = options.get("down_while_exists")
         if options.get("down") or (sign and Path(sign).exists()):
             raise EmbedderDown("the fake embedder is down, as its options say")

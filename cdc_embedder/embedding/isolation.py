@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdc_embedder.embedding.base import Embedded, Embedder, InputType, ModelSpec, Vectors, finish
-from cdc_embedder.errors import EmbedderDown, ModelFault, Problem, TextRejected
+from cdc_embedder.embedding.crossing import in_our_words
+from cdc_embedder.errors import EmbedderDown, ModelFault, TextRejected
 
 CANARY = "canary"
 """A text that every working embedder takes."""
-
-_TEXT_ERRORS = (ValueError, TypeError, IndexError, UnicodeError)
-"""What a model raises on a text that it cannot digest. Their messages may quote it, so they go no further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def embed_isolating(embedder: Embedder, spec: ModelSpec, texts: Sequence[str], i
                 errors[part[0]] = rejection.sentence
             continue
         finished, good = _finish(embedded, spec)
-        vectors[part.start : part.stop] = np.where(good[:, None], finished, 0)
+        vectors[part.start : part.stop] = finished if good.all() else np.where(good[:, None], finished, 0)
         truncated[part.start : part.stop] = embedded.truncated
         tokens += embedded.tokens
         for bad in np.flatnonzero(~good):
@@ -64,15 +62,11 @@ def _call(embedder: Embedder, texts: list[str], input_type: InputType) -> Embedd
     """One call, its exceptions reduced to ours."""
     try:
         embedded = embedder.embed(texts, input_type)
-    except Problem:
-        raise
-    except _TEXT_ERRORS as error:
-        raise TextRejected(f"the model failed on the text ({type(error).__name__})") from None
     except Exception as error:
-        detail = (
-            f": {str(error).splitlines()[0][:300]}" if isinstance(error, RuntimeError | OSError) and str(error) else ""
-        )
-        raise EmbedderDown(f"the embedder failed ({type(error).__name__}{detail})") from error
+        problem = in_our_words(error)
+        if problem is error:
+            raise
+        raise problem from None if isinstance(problem, TextRejected) else error
     if len(embedded.vectors) != len(texts):
         raise TextRejected(f"the embedder gave {len(embedded.vectors)} vectors for {len(texts)} texts")
     return embedded

@@ -1,64 +1,95 @@
-"""A sentence-transformers model in this process, on a GPU where there is one: the only module that imports torch.
+"""A sentence-transformers model in this process, on a GPU where there is one.
 
 Prompts, pooling, normalization and the length limit are as the model's files say, unless its row says otherwise.
-Texts are sorted by length and cut by a budget of padded tokens, so that little of the device's work is padding; when
-memory runs out the budget halves, and grows again as calls succeed. Where the model comes from, and what exactly was
-loaded, is `model_source`.
+A text is embedded once a call, however often it comes. Texts are sorted by length and cut by a budget of tokens; when
+memory runs out the budget halves, and grows again as calls succeed. How a batch gets through the model is `forward`
+and `packed`, where the model comes from, and what exactly was loaded, is `model_source`.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
-from collections.abc import Sequence
-from typing import Any, cast
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from cdc_embedder.embedding import model_source
+from cdc_embedder.embedding import calibration, model_source
 from cdc_embedder.embedding.base import Embedded, InputType, ModelSpec, Vectors
-from cdc_embedder.embedding.modelrow import check_options, number_option, prompt_of
-from cdc_embedder.errors import EmbedderDown, Misconfigured, ModelFault, TextRejected
+from cdc_embedder.embedding.forward import Forward, Library, Padded, Work, fastest_that_is_right
+from cdc_embedder.embedding.loading import device_called, dtype_called, own_tokenizing, prompt_for, token_limit
+from cdc_embedder.embedding.modelrow import check_options, number_option
+from cdc_embedder.embedding.packed import Packed
+from cdc_embedder.embedding.tokenizing import MOST_CHARACTERS, Tokenized
+from cdc_embedder.embedding.transfer import Finish, transfer_to
+from cdc_embedder.errors import EmbedderDown, ModelFault, TextRejected
 
 _log = logging.getLogger(__name__)
 
 OPTIONS = {
-    "batch_tokens": "padded tokens in one forward pass, by default 4096 on a CPU and 32768 on a GPU",
+    "batch_tokens": "tokens in one forward pass, by default 2048 on a CPU, and measured at the first load on a GPU",
     "truncate_dim": "how many leading dimensions to keep, for models trained so (Matryoshka)",
 }
-_BATCH_TOKENS = {"cpu": 4_096, "gpu": 32_768}
+_BATCH_TOKENS = {"cpu": 2_048, "gpu": 32_768}
 
-_MOST_CHARACTERS = 1_000_000
-"""Of a longer text only so much is tokenized where the model has a length limit (at most some 10,000 tokens): the
-rest could not reach it. The tokenizer takes hundreds of bytes a token, and ends the process where it gets none."""
+_CONCURRENCY = 2
+"""One call is tokenized while another is on the device."""
+
+_MOST_THREADS = {"cpu": 4, "gpu": 16}
+"""Of tokenizing: on a CPU the model wants the cores itself."""
 
 _MEMORY_SIGNS = ("DefaultCPUAllocator: ", "not enough memory", "out of memory", "could not create a primitive")
 """What torch and oneDNN, which has no better word for it, say in a RuntimeError when memory runs out."""
 
-_PROMPT_NAMES = {InputType.DOCUMENT: ("document", "passage", "corpus"), InputType.QUERY: ("query",)}
+_PROBE_TOKENS = 128
+"""The length of the texts that calibration times, where the model reads so many."""
+
+_LEAST_COSINE = {torch.float32: 0.999999, torch.float16: 0.9995, torch.bfloat16: 0.997}
+"""How near a way through the model must come to the library's to be used: what rounding leaves of it."""
+
+_PROOF = [
+    "canary",
+    "Which of 3 ways is the fastest?",
+    "the cat and the dog read a short text, the list of words is in a file",
+    "",
+    "Which of 4 ways is the fastest?",
+    "a long text of the table, the index and the time of a search " * 4,
+]
+"""Of different lengths, and two of the same, as the ways differ in how they treat a text's neighbours."""
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def gpus() -> list[str]:
+    """The GPUs that torch sees, as `device` takes them; none is touched."""
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 class LocalEmbedder:
     """`spec`'s model on `device` (auto, cpu, cuda, cuda:1 …). Loading blocks for seconds.
 
     Raises ModelFault where the model is not what its row says, EmbedderDown where the hub cannot be reached,
-    Misconfigured where there is no such device.
+    Misconfigured where there is no such device. `embed` may be called from several threads at once.
     """
 
     def __init__(self, spec: ModelSpec, device: str = "auto") -> None:
         check_options(spec, OPTIONS)
         self._spec = spec
-        self._device = _device(device)
+        self._device = device_called(device)
         self._lock = threading.Lock()
         source = model_source.locate(spec)
+        dtype = dtype_called(spec.dtype, self._device)
+        truncate_dim = int(number_option(spec, "truncate_dim", 0, least=0)) or None
         with model_source.translated(spec, source):
             model = SentenceTransformer(
                 source.name,
@@ -66,45 +97,85 @@ class LocalEmbedder:
                 device=str(self._device),
                 trust_remote_code=spec.trust_remote_code,
                 local_files_only=source.offline,
-                model_kwargs={"dtype": _dtype(spec.dtype, self._device)},
-                truncate_dim=int(number_option(spec, "truncate_dim", 0, least=0)) or None,
+                model_kwargs={"dtype": dtype},
+                truncate_dim=truncate_dim,
             )
+        model.eval()
         self._identity = model_source.identity(source)
-        self._limit = _token_limit(spec, model)
-        model.max_seq_length = self._limit
-        self._tokenizer = _own_tokenizer(model)
-        self._prompts = {input_type: _prompt(spec, model, input_type) for input_type in InputType}
+        self._limit = token_limit(spec, model)
+        if self._limit is not None:
+            model.max_seq_length = self._limit
         kind = "cpu" if self._device.type == "cpu" else "gpu"
-        self._full_budget = int(number_option(spec, "batch_tokens", _BATCH_TOKENS[kind], least=1))
-        self._budget = self._full_budget
-        self._model: SentenceTransformer | None = model
+        self._tokenizing = own_tokenizing(model, self._limit, min(_MOST_THREADS[kind], os.cpu_count() or 1))
+        self._prompts = {input_type: prompt_for(spec, model, input_type) for input_type in InputType}
+        library = Library(model, self._prompts)
+        self._forward: Forward | None = library
+        self._full_budget = self._budget = int(number_option(spec, "batch_tokens", _BATCH_TOKENS[kind], least=1))
         self._warm_up()
+        self._forward = self._choose_forward(model, library, dtype, truncate_dim)
+        self._engine = f"{self._forward.name} on {self._device}, {str(dtype).removeprefix('torch.')}"
+        if kind == "gpu" and "batch_tokens" not in spec.options and self._forward is not library:
+            self._full_budget = self._budget = self._calibrate(self._forward)
 
     @property
     def identity(self) -> str:
         """`commit:<hub commit>` or `sha256:<of the weights>`."""
         return self._identity
 
+    @property
+    def engine(self) -> str:
+        """`packed on cuda:0, bfloat16`: the way through the model, the device, what it computes in."""
+        return self._engine
+
+    @property
+    def concurrency(self) -> int:
+        """Calls at once that keep the device busy: one there, one on its way."""
+        return _CONCURRENCY
+
     def embed(self, texts: Sequence[str], input_type: InputType) -> Embedded:
         """Embed `texts` in order. Raises TextRejected for a text that does not fit into memory even alone."""
-        with self._lock, torch.inference_mode():
-            if self._model is None:
-                raise EmbedderDown(f"the model {self._spec.name} has been closed")
-            prompt = self._prompts[input_type]
-            bounded = texts if self._limit is None else [text[:_MOST_CHARACTERS] for text in texts]
-            lengths = self._lengths([prompt + text for text in bounded])
-            truncated = np.array([len(b) < len(t) for b, t in zip(bounded, texts, strict=True)], dtype=np.bool_)
+        places: dict[str, int] = {}
+        rows = np.array([places.setdefault(text, len(places)) for text in texts], dtype=np.intp)
+        once = list(places)
+        bounded = once if self._limit is None else [text[:MOST_CHARACTERS] for text in once]
+        tokenized = self._tokenize(self._prompts[input_type], bounded)
+        truncated = np.array([len(b) < len(t) for b, t in zip(bounded, once, strict=True)], dtype=np.bool_)
+        if tokenized is None:
+            lengths = np.array([len(text) // 3 + 2 for text in bounded], dtype=np.int64)
             if self._limit is not None:
                 truncated |= lengths > self._limit
                 lengths = np.minimum(lengths, self._limit)
-            vectors = self._by_budget(self._model, bounded, lengths, input_type)
-            return Embedded(vectors, truncated, int(lengths.sum()))
+            work = Work(bounded, None, lengths, input_type)
+        else:
+            truncated |= tokenized.truncated
+            lengths = np.array([len(own) for own in tokenized.ids], dtype=np.int64)
+            work = Work(bounded, tokenized.ids, lengths, input_type)
+        with torch.inference_mode():
+            vectors = self._by_budget(work)
+        return Embedded(vectors[rows], truncated[rows], int(lengths[rows].sum()))
 
     def close(self) -> None:
-        """Free the device's memory."""
+        """Free the device's memory, after the batches under way."""
         with self._lock:
-            self._model = None
+            self._forward = None
+            if self._tokenizing is not None:
+                self._tokenizing.close()
             self._free_memory()
+
+    def _tokenize(self, prompt: str, texts: Sequence[str]) -> Tokenized | None:
+        if self._tokenizing is None:
+            return None
+        try:
+            return self._tokenizing.encode([prompt + text for text in texts])
+        except RuntimeError:
+            # Its threads take nothing after close().
+            self._open_forward()
+            raise
+
+    def _open_forward(self) -> Forward:
+        if self._forward is None:
+            raise EmbedderDown(f"the model {self._spec.name} has been closed")
+        return self._forward
 
     def _warm_up(self) -> None:
         """The first call of a device is slow, and shows how many dimensions the vectors really have."""
@@ -116,153 +187,118 @@ class LocalEmbedder:
                 hint="Correct `dimensions` in its row, or its `source`",
             )
 
-    def _lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Tokens of each text before truncation, special tokens included; estimated where the tokenizer is slow."""
-        if self._tokenizer is None:
-            return np.array([len(text) // 3 + 2 for text in texts], dtype=np.int64)
-        lengths: list[int] = []
-        while len(lengths) < len(texts):
-            # A few at a time: what the tokenizer holds for them all at once may be many times their size.
-            group = [texts[len(lengths)]]
-            size = len(group[0])
-            for text in texts[len(lengths) + 1 : len(lengths) + 64]:
-                size += len(text)
-                if size > _MOST_CHARACTERS:
-                    break
-                group.append(text)
-            lengths += [len(encoding) for encoding in self._tokenizer.encode_batch_fast(group)]
-        return np.array(lengths, dtype=np.int64)
+    def _choose_forward(
+        self, model: SentenceTransformer, library: Library, dtype: torch.dtype, truncate_dim: int | None
+    ) -> Forward:
+        """The fastest way through the model that gives the library's vectors."""
+        if self._tokenizing is None or not self._tokenizing.single_segment():
+            _log.info("padded: model=%s reason=its tokenizer is not a plain fast one", self._spec.name)
+            return library
+        transfer = transfer_to(self._device)
+        candidates = (
+            lambda: Packed(model, transfer, truncate_dim),
+            lambda: Padded(model, transfer, truncate_dim),
+        )
+        ids = self._tokenizing.encode(_PROOF).ids
+        work = Work(_PROOF, ids, np.array([len(own) for own in ids], dtype=np.int64), InputType.NONE)
+        with torch.inference_mode(), self._device_errors():
+            forward, reasons = fastest_that_is_right(candidates, library, work, least_cosine=_LEAST_COSINE[dtype])
+        if reasons:
+            _log.info("padded: model=%s reason=%s", self._spec.name, "; ".join(dict.fromkeys(reasons)))
+        return forward
 
-    def _by_budget(
-        self, model: SentenceTransformer, texts: Sequence[str], lengths: NDArray[np.int64], input_type: InputType
-    ) -> Vectors:
-        """Longest first, so that memory runs out at once if at all."""
-        order = np.argsort(-lengths, kind="stable")
-        rows: list[NDArray[np.float32]] = []
+    def _calibrate(self, forward: Forward) -> int:
+        """The budget for this device, found before or now."""
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        key = f"{device}, {self._identity}, {self._limit}, {self._engine}, {versions}"
+        length = min(self._limit or _PROBE_TOKENS, _PROBE_TOKENS)
+        tokenized = self._tokenize("", _PROOF[-1:])
+        if tokenized is None:
+            return self._budget
+        ids = np.resize(tokenized.ids[0], length)
+
+        def rate(tokens: int) -> float | None:
+            count = max(tokens // length, 1)
+            work = Work([], [ids] * count, np.full(count, length), InputType.NONE)
+            rows = np.arange(count)
+            best = 0.0
+            for _ in range(3):
+                began = time.perf_counter()
+                started = [self._start(forward, work, rows) for _ in range(4)]
+                done = [self._finish(finish) for finish in started if finish is not None]
+                if len(done) < len(started):
+                    return None
+                best = max(best, len(done) * count * length / (time.perf_counter() - began))
+            return best
+
+        with torch.inference_mode():
+            return calibration.budget(key, rate, fallback=self._budget)
+
+    def _by_budget(self, work: Work) -> Vectors:
+        """Longest first, so that memory runs out at once if at all. A batch is started before the last is awaited."""
+        order = np.argsort(-work.lengths, kind="stable")
+        lengths = work.lengths[order]
+        under_way: deque[Finish] = deque()
+        rows: list[Vectors] = []
         start = 0
-        while start < len(order):
-            longest = max(int(lengths[order[start]]), 1)
-            cut = order[start : start + max(self._budget // longest, 1)]
-            vectors = self._forward(model, [texts[i] for i in cut], input_type)
-            if vectors is not None:
-                rows.append(vectors)
-                start += len(cut)
-                self._budget = min(self._full_budget, self._budget + self._budget // 8 + 1)
-            elif len(cut) > 1:
-                self._budget = len(cut) // 2 * longest
-                _log.warning("out of memory: model=%s batch_tokens=%d from now on", self._spec.name, self._budget)
-            else:
-                raise TextRejected(
-                    f"a text of {longest} tokens does not fit into the memory of {self._device}",
-                    hint="Lower `max_tokens` of the model's row, or use a device with more memory",
-                )
+        with self._lock:
+            forward = self._open_forward()
+            while start < len(order):
+                stop = start + forward.fit(lengths[start:], self._budget)
+                finish = self._start(forward, work, order[start:stop])
+                if finish is not None:
+                    under_way.append(finish)
+                    start = stop
+                    self._budget = min(self._full_budget, self._budget + self._budget // 8 + 1)
+                    if len(under_way) > 1:
+                        rows.append(self._finish(under_way.popleft()))
+                elif under_way:
+                    rows.append(self._finish(under_way.popleft()))
+                elif stop - start > 1:
+                    self._budget = max(forward.tokens(lengths[start:stop]) // 2, 1)
+                    _log.warning("out of memory: model=%s batch_tokens=%d from now on", self._spec.name, self._budget)
+                else:
+                    raise TextRejected(
+                        f"a text of {lengths[start]} tokens does not fit into the memory of {self._device}",
+                        hint="Lower `max_tokens` of the model's row, or use a device with more memory",
+                    )
+        # Another call may start its batches while this one waits for its last.
+        rows += [self._finish(finish) for finish in under_way]
         out: Vectors = np.empty((len(order), rows[0].shape[1] if rows else self._spec.dimensions), dtype=np.float32)
         if rows:
             out[order] = np.concatenate(rows)
         return out
 
-    def _forward(
-        self, model: SentenceTransformer, texts: list[str], input_type: InputType
-    ) -> NDArray[np.float32] | None:
-        """One pass over the device; None where memory ran out (outside the except clause, which keeps the tensors)."""
+    def _start(self, forward: Forward, work: Work, rows: NDArray[np.intp]) -> Finish | None:
+        """One batch on its way; None where memory ran out (outside the except clause, which keeps the tensors)."""
         try:
-            return _encode(model, texts, self._prompts[input_type], input_type)
+            with self._device_errors():
+                return forward.start(work, rows)
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise EmbedderDown(
-                    f"the device {self._device} failed: {str(error).splitlines()[0]}",
-                    hint="An accelerator that failed so stays failed for this process: restart the service",
-                ) from error
             if not _out_of_memory(error):
                 raise
         self._free_memory()
         return None
 
+    def _finish(self, finish: Finish) -> Vectors:
+        with self._device_errors():
+            return finish()
+
+    @contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            raise EmbedderDown(
+                f"the device {self._device} failed: {str(error).splitlines()[0]}",
+                hint="An accelerator that failed so stays failed for this process: restart the service",
+            ) from error
+
     def _free_memory(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _encode(model: SentenceTransformer, texts: list[str], prompt: str, input_type: InputType) -> NDArray[np.float32]:
-    """All of `texts` in one batch. A model with a route for queries and one for documents takes the right one."""
-    # A model that also reads images takes a text that looks like a path or URL for one, and would open it.
-    inputs: list[Any] = list(texts) if list(model.modalities) == ["text"] else [{"text": text} for text in texts]
-    encode = {InputType.DOCUMENT: model.encode_document, InputType.QUERY: model.encode_query}.get(
-        input_type, model.encode
-    )
-    tensor = encode(inputs, prompt=prompt, batch_size=len(inputs), show_progress_bar=False, convert_to_tensor=True)
-    return cast("NDArray[np.float32]", tensor.to("cpu", torch.float32).numpy())
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Misconfigured(
-            f"there is no device {wanted} here: {str(error).splitlines()[0]}",
-            hint="Set CDC_EMBEDDER_DEVICE to auto, cpu or a device that torch knows, such as cuda:0",
-        ) from error
-    return device
-
-
-def _dtype(declared: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on CPUs and half precision on GPUs."""
-    if declared != "auto":
-        return cast("torch.dtype", getattr(torch, declared))
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _token_limit(spec: ModelSpec, model: SentenceTransformer) -> int | None:
-    """How many tokens the model reads: the row's number or the files', never more than it has positions.
-
-    Some files leave no room for the positions before the first (XLM-R counts from padding_idx + 1): a text at
-    their limit would be an index error, which on a GPU ends the process's use of it.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    room = None if positions is None or positions < 1 else int(positions) - _first_position(model)
-    if spec.max_tokens is not None:
-        if room is not None and spec.max_tokens > room:
-            raise ModelFault(
-                f"the model {spec.name} reads at most {room} tokens, its row says max_tokens {spec.max_tokens}",
-                hint=f"Set max_tokens to at most {room}, or to NULL for what its files say",
-            )
-        return spec.max_tokens
-    known = [n for n in (model.max_seq_length, room) if n is not None]
-    # Tokenizers write "no limit" as 10 to the 30th.
-    return min(known) if known and min(known) < 10**9 else None
-
-
-def _first_position(model: SentenceTransformer) -> int:
-    for module in model.modules():
-        table = getattr(module, "position_embeddings", None)
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
-            return padding + 1
-    return 0
-
-
-def _own_tokenizer(model: SentenceTransformer) -> Tokenizer | None:
-    """A copy that neither pads nor truncates: the model's own is switched between both at every call."""
-    theirs = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-    if not isinstance(theirs, Tokenizer):
-        return None
-    ours = Tokenizer.from_str(theirs.to_str())
-    ours.no_padding()
-    ours.no_truncation()
-    return ours
-
-
-def _prompt(spec: ModelSpec, model: SentenceTransformer, input_type: InputType) -> str:
-    """The row's prompt, else the files': the library fills names that they lack with empty prompts, hence non-empty."""
-    if (own := prompt_of(spec, input_type)) is not None:
-        return own
-    return next((prompt for name in _PROMPT_NAMES[input_type] if (prompt := model.prompts.get(name))), "")
 
 
 def _out_of_memory(error: Exception) -> bool:
