@@ -29,6 +29,7 @@ from cdc_embedder.errors import EmbedderDown, ModelFault, TextRejected
 OPTIONS = {
     "base_url": "where the API is, by default https://api.openai.com/v1",
     "api_key_env": "name of the environment variable that holds the key (none: no key is sent)",
+    "max_requests": "requests at once, by default 4",
     "max_batch_rows": "texts in one request, by default 256",
     "timeout_s": "seconds to wait for an answer, by default 30",
 }
@@ -58,7 +59,7 @@ class HttpEmbedder:
         self._model = spec.source or spec.name
         self._rows = int(number_option(spec, "max_batch_rows", 256, least=1))
         self._pause_s = pause_s
-        self._lock = threading.Lock()
+        self._requests = int(number_option(spec, "max_requests", 4, least=1))
         self._closing = threading.Event()
         self._url = _base_url(spec, allowed_base_urls)
         headers = {"User-Agent": "cdc-embedder"}
@@ -71,17 +72,24 @@ class HttpEmbedder:
         """The model's id: what weights stand behind it only its operator knows."""
         return f"openai:{self._model}"
 
+    @property
+    def engine(self) -> str:
+        return f"the API at {self._url}"
+
+    @property
+    def concurrency(self) -> int:
+        return self._requests
+
     def embed(self, texts: Sequence[str], input_type: InputType) -> Embedded:
         """Embed `texts` in order, `max_batch_rows` a request."""
         sent = prompted(self._spec, texts, input_type)
         vectors: Vectors = np.empty((len(sent), self._spec.dimensions), dtype=np.float32)
         tokens = 0
-        with self._lock:
-            for start in range(0, len(sent), self._rows):
-                part = sent[start : start + self._rows]
-                reply = self._ask(part)
-                vectors[start : start + len(part)] = reply.vectors
-                tokens += reply.tokens
+        for start in range(0, len(sent), self._rows):
+            part = sent[start : start + self._rows]
+            reply = self._ask(part)
+            vectors[start : start + len(part)] = reply.vectors
+            tokens += reply.tokens
         return Embedded(vectors, np.zeros(len(sent), dtype=np.bool_), tokens)
 
     def close(self) -> None:

@@ -1,13 +1,15 @@
 """Which embedder serves a model's row: loads each once, whoever asks first, and keeps the operator's limits.
 
-Also the models that come pre-filled, for use without a database. Nothing here imports torch or httpx before a model
-that needs it is asked for, so that commands which embed nothing start at once.
+Where the device setting names several devices, a local model runs in a process for each. Also the models that come
+pre-filled, for use without a database. Nothing here imports torch, httpx or Ray before a model that needs it is asked
+for, so that commands which embed nothing start at once.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from types import ModuleType
 
 from cdc_embedder.embedding.base import Embedder, ModelSpec
 from cdc_embedder.errors import ModelFault
@@ -77,35 +79,66 @@ class Embedders:
     def _load(self, spec: ModelSpec) -> Embedder:
         match spec.backend:
             case "fake":
-                from cdc_embedder.embedding.fake import FakeEmbedder
-
-                return FakeEmbedder(spec)
+                return load_here(spec, "cpu")
             case "openai":
                 from cdc_embedder.embedding.http import HttpEmbedder
 
                 return HttpEmbedder(spec, allowed_key_envs=self._api_key_envs, allowed_base_urls=self._base_urls)
             case "local":
-                return self._load_local(spec)
+                self._permit(spec)
+                devices = _devices(self._device)
+                if len(devices) == 1:
+                    return load_here(spec, devices[0])
+                from cdc_embedder.embedding.workers import WorkerPool
+
+                return WorkerPool(spec, devices, load_here)
+            case "ray":
+                self._permit(spec)
+                from cdc_embedder.embedding.ray_pool import ray_embedder
+
+                return ray_embedder(spec, load_here)
             case _:
                 raise ModelFault(
                     f"the model {spec.name} has the backend {spec.backend}, which this version does not have",
-                    hint="Use local, openai or fake",
+                    hint="Use local, openai, ray or fake",
                 )
 
-    def _load_local(self, spec: ModelSpec) -> Embedder:
+    def _permit(self, spec: ModelSpec) -> None:
         if spec.trust_remote_code and not self._allow_remote_code:
             raise ModelFault(
                 f"the model {spec.name} brings code of its own, which may not run here",
                 hint="Read that code; then set CDC_EMBEDDER_ALLOW_REMOTE_CODE=on and restart the service",
             )
-        try:
-            from cdc_embedder.embedding.local import LocalEmbedder
-        except ImportError as error:
-            raise ModelFault(
-                f"the model {spec.name} needs {error.name or 'torch'}, which is not installed",
-                hint="pip install 'cdc-embedder[local]'",
-            ) from error
-        return LocalEmbedder(spec, self._device)
+
+
+def load_here(spec: ModelSpec, device: str) -> Embedder:
+    """`spec` on one `device` of this process, which may be a worker's or an actor's. Raises as `Embedders.get` does."""
+    if spec.backend == "fake":
+        from cdc_embedder.embedding.fake import FakeEmbedder
+
+        return FakeEmbedder(spec)
+    embedder: Embedder = _local().LocalEmbedder(spec, device)
+    return embedder
+
+
+def _devices(setting: str) -> list[str]:
+    """What `CDC_EMBEDDER_DEVICE` names. `auto` is every GPU where there are several; torch is asked how many."""
+    named = [part.strip() for part in setting.split(",")]
+    if named != ["auto"]:
+        return named
+    gpus: list[str] = _local().gpus()
+    return gpus if len(gpus) > 1 else named
+
+
+def _local() -> ModuleType:
+    try:
+        from cdc_embedder.embedding import local
+    except ImportError as error:
+        raise ModelFault(
+            f"a local model needs {error.name or 'torch'}, which is not installed",
+            hint="pip install 'cdc-embedder[local]'",
+        ) from error
+    return local
 
 
 class _Entry:
