@@ -42,9 +42,10 @@ class EmbeddingColumn:
     """One row of `cdc_embedder.embedding_column` with all that the catalog says about it.
 
     `fires_triggers`: an UPDATE fires triggers or rules of the user's; `fires_always`: it does so even in a session with
-    session_replication_role = replica. `refuses_updates`: it has no replica identity, so an UPDATE fails as long as it
-    is published. `moved`: it was configured in another cluster or database. `storage`: a hash of the files that hold
-    the rows, another one after a rewrite, a TRUNCATE, or when a partition comes or goes.
+    session_replication_role = replica. `refuses_updates`: it has no replica identity, or one beyond the publication's
+    column list, so an UPDATE fails as long as it is published. `moved`: it was configured in another cluster or
+    database. `storage`: a hash of the files that hold the rows, another one after a rewrite, a TRUNCATE, or when a
+    partition comes or goes.
     """
 
     id: int
@@ -65,6 +66,7 @@ class EmbeddingColumn:
     partitioned: bool
     unlogged: bool
     published: bool
+    keys_only: bool
     refuses_updates: bool
     fires_triggers: bool
     fires_always: bool
@@ -128,6 +130,15 @@ SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_n
                     SELECT FROM pg_index i WHERE i.indrelid = p.oid AND i.indimmediate
                        AND CASE p.relreplident WHEN 'd' THEN i.indisprimary ELSE i.indisreplident END)))
            AS unidentified,
+       (SELECT min(p.oid::regclass::text) FROM pg_class p
+          LEFT JOIN (SELECT to_jsonb(r) -> 'prattrs' AS attnums FROM pg_publication_rel r -- from 15 on
+                       JOIN pg_publication b ON b.oid = r.prpubid
+                      WHERE b.pubname = c.slot AND r.prrelid = t.oid) list ON jsonb_typeof(list.attnums) = 'array'
+         WHERE p.oid IN (SELECT t.oid UNION SELECT relid FROM pg_partition_tree(t.oid))
+           AND (p.relreplident <> 'd' AND (c.keys_only OR list.attnums IS NOT NULL)
+                OR NOT (SELECT list.attnums @> to_jsonb(i.indkey) FROM pg_index i
+                         WHERE i.indrelid = t.oid AND i.indisprimary))) AS beyond_list,
+       c.keys_only,
        EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication b ON b.oid = r.prpubid
                 WHERE b.pubname = c.slot AND r.prrelid = t.oid) AS published,
        EXISTS (SELECT FROM pg_trigger g
@@ -185,7 +196,8 @@ def _column(row: Mapping[str, Any]) -> EmbeddingColumn:
         partitioned=row["relkind"] == "p",
         unlogged=row["relpersistence"] == "u",
         published=row["published"],
-        refuses_updates=row["unidentified"] is not None,
+        keys_only=row["keys_only"],
+        refuses_updates=row["unidentified"] is not None or row["beyond_list"] is not None,
         fires_triggers=row["fires_triggers"] or bool(row["relhasrules"]),
         fires_always=row["fires_always"] or bool(row["relhasrules"]),
         moved=row["moved"],
@@ -210,6 +222,8 @@ def _fault(row: Mapping[str, Any], target: Target | None, model: ModelSpec) -> s
         return f"{name} is another table than the one that was configured; SELECT cdc_embedder.resume('{name}')"
     if not row["key"]:
         return f"{row['shown']} has no usable primary key any more; add one"
+    if row["beyond_list"]:
+        return f"{row['beyond_list']} has an identity beyond the keys that are published; set it to DEFAULT"
     if row["unidentified"]:
         return f"{row['unidentified']} has REPLICA IDENTITY NOTHING, or an index that is gone; set it to DEFAULT"
     sources = row["sources"] or []

@@ -81,6 +81,7 @@ def run(
     output_plugin: Annotated[str | None, typer.Option(help="auto, wal2json or pgoutput, for a new slot.")] = None,
     max_pending_keys: Annotated[int | None, typer.Option(help="Keys held in memory.")] = None,
     spill_after_s: Annotated[float | None, typer.Option(help="How long a key may hold the slot, seconds.")] = None,
+    writers: Annotated[int | None, typer.Option(help="Sessions that write vectors at once.")] = None,
     scan_period_s: Annotated[float | None, typer.Option(help="Every row is compared so often, seconds.")] = None,
     wal_sender_timeout_s: Annotated[float | None, typer.Option(help="Silence that ends a connection, seconds.")] = None,
     http: Annotated[str | None, typer.Option(help="Where health is served: host:port, or off.")] = None,
@@ -117,6 +118,7 @@ def add(
     model: Annotated[str, typer.Option(help="A row of cdc_embedder.model.")] = "all-MiniLM-L6-v2",
     priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
     on_existing: Annotated[str, typer.Option(help="Vectors that are there already: ask or replace.")] = "ask",
+    keys_only: Annotated[bool, typer.Option("--keys-only", help="Publish the key columns alone.")] = False,
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
@@ -129,10 +131,11 @@ def add(
     if on_existing not in ("ask", "replace", "adopt"):
         raise Problem(f"{on_existing} is nothing to do with vectors that are there already", hint="ask or replace")
     statement = (
-        "SELECT cdc_embedder.add_embedding_column($1::regclass, $2, $3, $4, priority => $5, on_existing => $6) AS id"
+        "SELECT cdc_embedder.add_embedding_column($1::regclass, $2, $3, $4, priority => $5, on_existing => $6,"
+        " keys_only => $7) AS id"
     )
     found = _ask(_settings(config, dsn=dsn), "adding the column", statement,
-                 (table, columns, names[0], model, priority, on_existing))  # fmt: skip
+                 (table, columns, names[0], model, priority, on_existing, keys_only))  # fmt: skip
     out.print(f"column {found['id']}: {table}.{target} will hold the vectors of {source} by {model}", soft_wrap=True)
 
 

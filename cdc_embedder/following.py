@@ -282,7 +282,7 @@ class Configuration:
                 self.doubt("the publication was gone")
         except psycopg.errors.InsufficientPrivilege:
             return "cdc-embedder init: the publication is gone"
-        return await requests.publish(self._connection, self._slot, column.schema, column.table)
+        return await requests.publish(self._connection, self._slot, column)
 
     def _load(self, lane: Lane, before: ModelSpec) -> None:
         if lane.column.model != before:
@@ -309,6 +309,7 @@ class Configuration:
                     hint="pin its revision in the model table, or change the row to start a new generation",
                 )
             lane.embedder, lane.loaded = embedder, self._now()
+            log.info("%s: the model %s runs %s", column.label, column.model.name, embedder.engine)
         except ColumnFault as problem:
             await self.fail(lane, problem)
         except psycopg.Error as error:

@@ -40,15 +40,19 @@ class Size:
     calls: bool = False
     least: float = float("inf")
 
-    def took(self, rows: int, elapsed: float) -> None:
-        """A step of `rows` took `elapsed` seconds; a step that was not full only ever makes it smaller."""
+    def part(self, share: float) -> int:
+        """The rows of a step that is to take only this share of the time."""
+        return max(1, int(self.rows * share))
+
+    def took(self, rows: int, elapsed: float, share: float = 1.0) -> None:
+        """A step of `rows` took `elapsed` seconds; one that was not full, as `part` has it, only makes it smaller."""
         seconds = self.seconds
         if self.calls:
             self.least = min(self.least * 1.02, elapsed)  # forgets, slowly
             seconds, elapsed = max(seconds, self.least), elapsed - self.least
         if elapsed > seconds:
             self.rows = max(self.lowest, min(self.rows, int(rows * seconds / elapsed)))
-        elif rows >= self.rows and elapsed < seconds / 2:
+        elif rows >= self.part(share) and elapsed < seconds * share / 2:
             self.rows = min(self.highest, self.rows * 2)
 
 
@@ -78,7 +82,8 @@ class Lane:
     `barrier` and `covered`: see `scanning` and `following`. `uncovered`, `trouble` and `waiting_for` are what `status`
     tells while the column works all the same: no stream, no embedder for the moment, old transactions.
     `backlog` is the number of spilled keys, `drained` the seq up to which they were taken up again, `settled` the rows
-    that may be removed. `loaded` is when the embedder came. `suspects`: see `rows.crashes`.
+    that may be removed. `next_live` is when the next batch of live changes may begin, `loaded` when the embedder came.
+    `suspects`: see `rows.crashes`.
     """
 
     column: EmbeddingColumn
@@ -94,6 +99,7 @@ class Lane:
     covered: bool | None = None
     next_scan: float = 0.0
     next_publication: float = 0.0
+    next_live: float = 0.0
     statement: str | None = None
     embedder: Embedder | None = None
     loaded: float = 0.0

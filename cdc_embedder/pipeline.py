@@ -1,39 +1,41 @@
-"""The only place where the stages meet: to follow a row, read this file.
+"""The only place where the stages meet: to follow a row, read this file, and `writing` for its end.
 
     stream ─messages→ router ─keys→ Pending ─keys→ fetch ─texts→ embed ─vectors→ write ─done→ watermark → stream
 
-Stages overlap: while the model works on one batch, the next is being fetched and the last one written; between two
-stages waits one batch, no more. A batch leaves as soon as the device is free. What comes back without a decision waits
-again, its commit unconfirmed. Beside the stages keys are spilled to the backlog before they hold the slot for too long,
-and taken up again (`spilling`).
+Stages overlap: while the model works on one batch, the next is being fetched and the last one written; so many calls
+are made at once as the model says are worth it. A batch leaves as soon as the device is free. What comes back without
+a decision waits again, its commit unconfirmed. Beside the stages keys are spilled to the backlog before they hold the
+slot for too long, and taken up again (`spilling`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import psycopg
 
 from cdc_embedder import failpoints
+from cdc_embedder.batch import Batch, Chunk
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.database_errors import from_database
-from cdc_embedder.embedding.base import InputType, Vectors
+from cdc_embedder.embedding.base import Embedder, InputType
 from cdc_embedder.embedding.isolation import embed_isolating
 from cdc_embedder.errors import ColumnFault, EmbedderDown, Problem, ServerGone, Temporary
 from cdc_embedder.following import Configuration
 from cdc_embedder.lane import Lane
-from cdc_embedder.pending import Entry, Key, Pending, Work
+from cdc_embedder.pending import Entry, Key, Work
 from cdc_embedder.routing import Router
 from cdc_embedder.rows import scan
-from cdc_embedder.rows.fetch import Fetch, Row, Verdict
+from cdc_embedder.rows.fetch import Fetch, Verdict
 from cdc_embedder.rows.session import Connection, wait_until_flushed
 from cdc_embedder.rows.writeback import KILLED_THE_PROCESS, Write
-from cdc_embedder.rows.writers import Writers
 from cdc_embedder.scheduling import Candidate, Scheduler
 from cdc_embedder.suspecting import Watch
 from cdc_embedder.wal.stream import ReplicationStream
@@ -48,11 +50,21 @@ CONFIRM_SECONDS = 0.1
 SPILL_SHARE = 0.75
 """Of the keys that may be held in memory: from here on the oldest are spilled; at the limit reading pauses."""
 
-INVISIBLE_SECONDS = 0.01
+INVISIBLE_SECONDS = 0.0005
 """First wait for a transaction that is decoded and not visible yet; doubles up to RETRY_SECONDS."""
 
 RETRY_SECONDS = 2.0
 """Longest wait before a row that was locked, or a statement that was refused for the moment, is tried again."""
+
+GATHER_SECONDS = 0.005
+"""A column's live batches begin so far apart: a row that comes alone goes at once, a steady stream of them is gathered,
+which spares the server most of what a row costs by itself. Not where a full batch waits."""
+
+LIVE_SECONDS = 1.0
+"""For so long after a live change other work leaves a call of the model free, and takes small batches."""
+
+BESIDE_LIVE = 0.2
+"""The share of a full batch that is small."""
 
 RETRY_AHEAD = 3 * scan.PAGE
 """Keys of repair work, the backlog's among them, beyond which no failed row is tried again."""
@@ -63,32 +75,24 @@ RETRY_POLL_SECONDS = 5.0
 TRIAL_SECONDS = 5.0
 """How long the model has been loaded before suspects are tried, alone: what kills us every few seconds is not a row."""
 
+CLEAR_SECONDS = 0.1
+"""After so long without a call of the model the note of the last one is removed."""
+
 HALF_LARGEST = 65504.0
 """The greatest number that halfvec's elements can hold; only vectors that are not normalized come near it."""
 
 
-@dataclass(eq=False, slots=True)
-class Batch:
-    """Rows of one column on their way, as it was configured when they were read."""
-
-    lane: Lane
-    column: EmbeddingColumn
-    pending: Pending
-    entries: list[Entry]
-    rows: list[Row]
-    chosen: Candidate
-    writes: list[Write]
-    vectors: Vectors
-
-
 class Pipeline:
-    """One connection's worth of work. `stop` makes the stages finish what they have in hand, in order."""
+    """One connection's worth of work. `stop` makes the stages finish what they have in hand, in order.
+
+    `writers` is how many tasks take from `to_write`, where the most urgent chunk comes first, and None at the end.
+    """
 
     def __init__(
         self,
         configuration: Configuration,
         fetcher: Connection,
-        writers: Writers,
+        writers: int,
         watch: Watch,
         max_pending: int,
     ) -> None:
@@ -97,6 +101,7 @@ class Pipeline:
         self._writers = writers
         self._watch = watch
         self._trial = False
+        self._live_until = 0.0
         self._judged = False
         self._confirmable = asyncio.Event()
         self.max_pending = max_pending
@@ -106,11 +111,13 @@ class Pipeline:
         self.room = asyncio.Event()
         self.full = asyncio.Event()
         self.settled = asyncio.Event()
-        self._taken = asyncio.Event()
-        self._taken.set()
         self._stopping = asyncio.Event()
-        self._to_embed: asyncio.Queue[Batch | None] = asyncio.Queue(maxsize=1)
-        self._to_write: asyncio.Queue[Batch | None] = asyncio.Queue(maxsize=1)
+        self._calls: Counter[Embedder] = Counter()
+        self._patient: Counter[Embedder] = Counter()  # those of the calls that are not for live changes
+        self._begun = 0
+        self._ended = asyncio.Event()
+        self.to_write: asyncio.PriorityQueue[tuple[int, int, Chunk | None]] = asyncio.PriorityQueue(maxsize=4)
+        self._chunks = itertools.count()
         self.stream: ReplicationStream | None = None
 
     @property
@@ -139,6 +146,17 @@ class Pipeline:
     def confirm(self) -> None:
         """There may be more to confirm."""
         self._confirmable.set()
+
+    def judged(self, batch: Batch, entries: Iterable[Entry]) -> None:
+        """These keys are done, and what says so is to be flushed before they are confirmed."""
+        self._judged = True
+        self.settle(batch.lane, batch.pending.finish(entries))
+
+    def written(self) -> None:
+        """Something was written, or given back."""
+        self.confirm()
+        self.room.set()
+        self._work.set()
 
     async def confirming(self, connection: Connection) -> None:
         """For ever: tell the stream how far the slot may be confirmed."""
@@ -187,37 +205,56 @@ class Pipeline:
                 await self.room.wait()
 
     async def fetch(self) -> None:
-        """Take the keys whose turn it is, judge them, pass on what needs the model or a write."""
-        while not self._stopping.is_set():
-            await self._taken.wait()  # keys are taken as late as can be: what waits longest goes first
-            chosen = self._choose()
-            if chosen is None:
-                await self._idle()
-                continue
-            lane = self._configuration.lanes[chosen.column]  # type: ignore[index]
-            batch = await self._judge(lane, chosen)
-            if batch is not None:
-                self._taken.clear()
-                await self._to_embed.put(batch)
-        await self._to_embed.put(None)
+        """Take the keys whose turn it is and judge them; what needs it goes through the model, to those who write.
 
-    async def embed(self) -> None:
-        """Texts to vectors in a worker thread, one batch at a time."""
-        while (batch := await self._to_embed.get()) is not None:
-            self._taken.set()
-            if await self._embed(batch):
-                await self._to_write.put(batch)
-            if self._to_embed.empty():
-                await self._watch.clear()
-        await self._to_write.put(None)
+        Keys are taken as late as can be, when the model is free for another call: what waits longest goes first.
+        """
+        async with asyncio.TaskGroup() as group:
+            while not self._stopping.is_set():
+                chosen = self._choose()
+                if chosen is None:
+                    await self._idle()
+                    continue
+                lane = self._configuration.lanes[chosen.column]  # type: ignore[index]
+                embedder = lane.embedder
+                batch = await self._judge(lane, chosen)
+                if batch is None or embedder is None:
+                    continue
+                if batch.alone:
+                    await self._no_call()
+                self._calls[embedder] += 1
+                self._patient[embedder] += chosen.work is not Work.LIVE
+                self._begun += 1
+                group.create_task(self._call(batch, embedder))
+                if batch.alone:
+                    await self._no_call()
+        for _ in range(self._writers):
+            await self.to_write.put((len(Work), next(self._chunks), None))
 
-    async def write(self) -> None:
-        """Write back, finish what was written, give back what was not."""
-        while (batch := await self._to_write.get()) is not None:
-            await self._write(batch)
-            self.confirm()
-            self.room.set()
+    async def _no_call(self) -> None:
+        """Wait until nothing is with a model."""
+        while self._calls.total():
+            await self._ended.wait()
+
+    async def _call(self, batch: Batch, embedder: Embedder) -> None:
+        """Texts to vectors in a worker thread."""
+        try:
+            if await self._embed(batch, embedder):
+                start, rows = 0, batch.lane.write_size.rows
+                while start < len(batch.writes):
+                    chunk = Chunk(batch, slice(start, start + rows))
+                    await self.to_write.put((batch.chosen.work, next(self._chunks), chunk))
+                    start += rows
+        finally:
+            self._calls -= Counter((embedder,))
+            self._patient -= Counter({embedder: int(batch.chosen.work is not Work.LIVE)})
+            self._ended.set()
+            self._ended.clear()
             self._work.set()
+        begun = self._begun
+        await asyncio.sleep(CLEAR_SECONDS)  # the next call overwrites the note anyway
+        if begun == self._begun and not self._calls.total():
+            await self._watch.clear()
 
     async def retry(self, connection: Connection) -> None:
         """For ever: put failed rows on the waiting list again when their time has come."""
@@ -240,11 +277,29 @@ class Pipeline:
         present = now()
         candidates = []
         for id, lane in self._configuration.lanes.items():
-            if not lane.ready(present):
+            if not lane.ready(present) or lane.embedder is None:
+                continue
+            at_once = 1 if lane.breaker.state(present) == "half-open" else lane.embedder.concurrency
+            if self._calls[lane.embedder] >= at_once:
                 continue
             lane.pending.wake(present)
-            candidates += [Candidate(id, work, lane.column.priority) for work in Work if lane.pending.waiting(work) > 0]
-        return self._scheduler.choose(candidates)
+            crowd = self._patient[lane.embedder] >= max(1, at_once - 1) and present < self._live_until
+            may = (Work.LIVE,) if crowd else Work
+            candidates += [
+                Candidate(id, work, lane.column.priority)
+                for work in may
+                if lane.pending.waiting(work) > 0 and (work is not Work.LIVE or not self._gathers(lane, present))
+            ]
+        chosen = self._scheduler.choose(candidates)
+        if chosen is not None and chosen.work is Work.LIVE:
+            self._live_until = present + LIVE_SECONDS
+            self._configuration.lanes[chosen.column].next_live = present + GATHER_SECONDS  # type: ignore[index]
+        return chosen
+
+    @staticmethod
+    def _gathers(lane: Lane, present: float) -> bool:
+        """Whether live changes are to wait for more of them."""
+        return present < lane.next_live and lane.pending.waiting(Work.LIVE) < lane.embed_size.rows
 
     async def _idle(self) -> None:
         """Until something wakes us, or a delayed key or a resting embedder is due."""
@@ -253,6 +308,7 @@ class Pipeline:
         times = [lane.pending.wake(present) for lane in self.lanes] + [
             lane.breaker.until for lane in self.lanes if lane.breaker.state(present) == "open"
         ]
+        times += [lane.next_live for lane in self.lanes if lane.pending.waiting(Work.LIVE) and lane.next_live > present]
         due = min((time for time in times if time is not None), default=present + 1.0)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.001, due - present)):  # wait_for of 3.11 can swallow a cancellation
@@ -260,7 +316,10 @@ class Pipeline:
 
     async def _judge(self, lane: Lane, chosen: Candidate) -> Batch | None:
         column, pending = lane.column, lane.pending
-        limit = 1 if lane.breaker.state(now()) == "half-open" else lane.embed_size.rows
+        share = BESIDE_LIVE if chosen.work is not Work.LIVE and now() < self._live_until else 1.0
+        limit = lane.embed_size.part(share)
+        if lane.breaker.state(now()) == "half-open":
+            limit = 1
         entries = pending.take(chosen.work, limit, now())
         if not entries:
             return None
@@ -271,7 +330,7 @@ class Pipeline:
             await self.trouble(lane, from_database(error, f"reading {column.label}"))
             return None
         done, invisible, later = [], [], []
-        batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32))
+        batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32), share=share)
         for entry, (snapshot, row) in zip(entries, read, strict=True):
             if entry.reason.xid is not None and not snapshot.sees(entry.reason.xid):
                 invisible.append(entry)
@@ -314,6 +373,7 @@ class Pipeline:
             await self._watch.acquit(lane, void)
         early = lane.embedder is None or now() < lane.loaded + TRIAL_SECONDS
         self._trial = bool(alone) and not early and not (others and self._trial)  # every other batch at the most
+        batch.alone = self._trial
         kept = alone[:1] if self._trial else others
         rest = [entry for index, entry in enumerate(batch.entries) if index not in kept]
         batch.pending.give_back(rest, now(), 0.0 if self._trial else TRIAL_SECONDS / 10)
@@ -326,7 +386,7 @@ class Pipeline:
             known = self._fetches[column.id] = (column, Fetch(self._fetcher, column))
         return known[1]
 
-    async def _embed(self, batch: Batch) -> bool:
+    async def _embed(self, batch: Batch, embedder: Embedder) -> bool:
         """Fill in writes and vectors; False where the embedder is down and the keys wait again."""
         lane, column = batch.lane, batch.column
         texts: list[str] = []
@@ -348,11 +408,16 @@ class Pipeline:
         truncated: set[int] = set()
         started = now()
         if texts:
-            embedder = lane.embedder
-            if embedder is None or lane.column.model != column.model or lane.breaker.state(now()) == "open":
+            if (
+                lane.embedder is not embedder
+                or lane.column.model != column.model
+                or lane.breaker.state(now()) == "open"
+            ):
                 batch.pending.give_back(batch.entries, now(), INVISIBLE_SECONDS)
                 return False
-            await self._watch.note(column, [(batch.entries[n].key, batch.rows[n].fingerprint or b"") for n in where])
+            note = await self._watch.note(
+                column, [(batch.entries[n].key, batch.rows[n].fingerprint or b"") for n in where]
+            )
             try:
                 outcome = await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
             except EmbedderDown as problem:
@@ -362,6 +427,8 @@ class Pipeline:
                 batch.pending.give_back(batch.entries, now(), RETRY_SECONDS)
                 await self._configuration.fail(lane, problem)
                 return False
+            finally:
+                self._watch.over(note)
             vectors[where] = outcome.vectors
             errors |= {where[index]: sentence for index, sentence in outcome.errors.items()}
             if column.target is not None and column.target.kind == "halfvec":
@@ -371,7 +438,7 @@ class Pipeline:
         elapsed = now() - started
         self._scheduler.account(batch.chosen, elapsed + 1e-6 * len(batch.rows))
         if texts:
-            lane.embed_size.took(len(batch.entries), elapsed)
+            lane.embed_size.took(len(batch.entries), elapsed, batch.share)
             lane.breaker.succeeded()
             lane.trouble = ""
             failpoints.reached("embedded")
@@ -398,73 +465,6 @@ class Pipeline:
         lane.trouble = lane.last_error = problem.sentence
         log.warning("%s: %s; trying again in %.1f s", lane.column.label, problem.sentence, rest)
         batch.pending.give_back(batch.entries, now())
-
-    async def _write(self, batch: Batch) -> None:
-        size, start = batch.lane.write_size, 0
-        while start < len(batch.writes):
-            chunk = slice(start, start + size.rows)
-            began = now()
-            try:
-                done = await self._writers.write(batch.column, batch.writes[chunk], batch.vectors[chunk])
-            except psycopg.Error as error:
-                await self._not_written(batch, chunk, from_database(error, f"writing {batch.column.label}"))
-            else:
-                size.took(len(batch.writes[chunk]), now() - began)
-                await self._written(batch, chunk, done)
-            start = chunk.stop
-
-    async def _written(self, batch: Batch, chunk: slice, done: set[int]) -> None:
-        failpoints.reached("written")
-        self._judged = True
-        lane = batch.lane
-        entries, writes = batch.entries[chunk], batch.writes[chunk]
-        self.settle(lane, batch.pending.finish(entry for index, entry in enumerate(entries) if index in done))
-        if killers := [writes[index].key for index in done if writes[index].error is KILLED_THE_PROCESS]:
-            await self._watch.sentence(lane, killers)
-        for index, entry in enumerate(entries):
-            if index not in done:
-                batch.pending.give_back([entry], now(), min(RETRY_SECONDS, 0.02 * 2 ** min(entry.tries, 7)))
-        for index in done:
-            write = writes[index]
-            if write.error is not None:
-                lane.rejected += 1
-                lane.scan.failed += lane.scan.running
-                lane.last_error = write.error
-            elif write.has_vector:
-                lane.embedded += 1
-                lane.scan.current += lane.scan.running
-            else:
-                lane.cleared += 1
-        if not done:
-            self._configuration.wake.set()
-
-    async def _not_written(self, batch: Batch, chunk: slice, problem: Problem) -> None:
-        """Rule 5: contention is requeued whole. A row that the database refuses is found by halving."""
-        entries, writes = batch.entries[chunk], batch.writes[chunk]
-        if self._writers.blames_a_row(problem):
-            await self._configuration.reload()
-        if self._writers.blames_a_row(problem) and batch.lane.column is batch.column and not batch.lane.fault:
-            if len(writes) > 1:
-                middle = chunk.start + len(writes) // 2
-                for part in (slice(chunk.start, middle), slice(middle, chunk.start + len(writes))):
-                    await self._write_part(batch, part)
-                return
-            if writes[0].error is None:
-                state = problem.sqlstate
-                refused = f"the database refused the row with SQLSTATE {state}: a constraint or a trigger of the table"
-                batch.writes[chunk] = [Write(writes[0].key, writes[0].fingerprint, False, keep=True, error=refused)]
-                await self._write_part(batch, chunk)
-                return
-        batch.pending.give_back(entries, now(), RETRY_SECONDS)
-        await self.trouble(batch.lane, problem)
-
-    async def _write_part(self, batch: Batch, part: slice) -> None:
-        try:
-            done = await self._writers.write(batch.column, batch.writes[part], batch.vectors[part])
-        except psycopg.Error as error:
-            await self._not_written(batch, part, from_database(error, f"writing {batch.column.label}"))
-        else:
-            await self._written(batch, part, done)
 
     def settle(self, lane: Lane, settled: list[tuple[Key, int]]) -> None:
         """These rows of the backlog may be removed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.following import Configuration
@@ -34,16 +34,20 @@ class Reading:
         self,
         dsn: str,
         taken: Taken,
-        origin: tuple[str, int] | None,
+        origins: Sequence[tuple[str, int]],
         timeout_s: float,
         *,
+        binary: bool,
         opened: Callable[[], None],
     ) -> None:
-        """`opened` is called whenever a stream was."""
+        """`binary`: pgoutput may send values so where that is enough to read the keys. `opened` is called whenever a
+        stream was."""
+        self._may_be_binary = binary
+        self._binary = False
         self._opened = opened
         self._dsn = dsn
         self._taken = taken
-        self._origin = origin
+        self._origins = origins
         self._timeout_s = timeout_s
         self._streamed: Tables | None = None
         self._again = asyncio.Event()
@@ -76,6 +80,8 @@ class Reading:
         if self._router is not None:
             self._router.serve(lane.route for lane in self._pipeline.lanes if lane.served)
         if self._streamed is not None and self._taken.plugin == "wal2json" and self._tables() != self._streamed:
+            self._again.set()
+        if self._streamed is not None and self._binary and not self._binary_is_enough():
             self._again.set()
         self._pipeline.wake()
 
@@ -123,18 +129,21 @@ class Reading:
             lane.pending.rebase(watermark)
             lane.route.missed.clear()
         tables = self._tables()
-        taken, origin = self._taken, self._origin
+        taken = self._taken
         encoding = taken.server_encoding if taken.server_encoding in CODECS else "UTF8"
-        router = Router(watermark, origin or ())
+        router = Router(watermark, [mark for origin in self._origins for mark in origin])
         router.serve(lane.route for lane in self._pipeline.lanes if lane.served)
+        self._binary = taken.plugin == "pgoutput" and self._binary_is_enough()
         if taken.plugin == "wal2json":
-            options = wal2json.options(sorted(tables), filter_origins=[origin[1]] if origin else [])
+            options = wal2json.options(sorted(tables), filter_origins=[id for _, id in self._origins])
             decoder: wal2json.Wal2JsonDecoder | pgoutput.PgOutputDecoder = wal2json.Wal2JsonDecoder(
                 taken.server_encoding
             )
         else:
-            options = pgoutput.options(taken.slot)
-            decoder = pgoutput.PgOutputDecoder(server_encoding=encoding)
+            options = pgoutput.options(taken.slot, binary=self._binary)
+            decoder = pgoutput.PgOutputDecoder(
+                server_encoding=encoding, own_origins=[name for name, _ in self._origins]
+            )
         stream = await ReplicationStream.open(
             self._dsn,
             taken.slot,
@@ -145,7 +154,8 @@ class Reading:
             on_warning=self._warned,
         )
         self._pipeline.stream, self._router, self._streamed = stream, router, tables
-        log.info("streaming from the slot %s (%s), %d table(s)", taken.slot, taken.plugin, len(tables))
+        how = f"{taken.plugin}, binary" if self._binary else taken.plugin
+        log.info("streaming from the slot %s (%s), %d table(s)", taken.slot, how, len(tables))
         return stream, router
 
     def _warned(self, message: str) -> None:
@@ -153,6 +163,11 @@ class Reading:
         log.warning("the server warns: %s", message)
         if self._taken.plugin == "pgoutput":
             self._configuration.doubt("the server warned that changes were passed over")
+
+    def _binary_is_enough(self) -> bool:
+        """Whether every key can be read from its binary form."""
+        types = {key.type.partition("(")[0] for lane in self._pipeline.lanes for key in lane.column.key}
+        return self._may_be_binary and types <= pgoutput.BINARY_TYPES
 
     def _tables(self) -> Tables:
         """What wal2json must deliver: every name that a configured table or a partition of it has, or was known by."""

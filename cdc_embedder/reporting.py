@@ -70,7 +70,18 @@ class Reporter:
         oldest_s = None if oldest is None else round(self._now() - oldest, 3)
         counts = (scan.rows, scan.null, scan.current, scan.failed, scan.truncated)
         breaker = lane.breaker.state(self._now())
-        told = (lane.state, lane.outstanding, lane.backlog, oldest_s, round(rate, 2), breaker, counts, lane.last_error)
+        engine = None if lane.embedder is None else lane.embedder.engine
+        told = (
+            lane.state,
+            engine,
+            lane.outstanding,
+            lane.backlog,
+            oldest_s,
+            round(rate, 2),
+            breaker,
+            counts,
+            lane.last_error,
+        )
         if told != self._told.get(id):
             await requests.report(self._connection, lane, oldest_s, round(rate, 2), breaker)
             self._told[id] = told

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from cdc_embedder.errors import ProtocolError
 from cdc_embedder.pending import Key, Pending
-from cdc_embedder.wal.messages import Begin, Commit, Insert, Message, Origin, Relation, Update, Values
+from cdc_embedder.wal.messages import Begin, Commit, Insert, Message, Origin, Relation, Skipped, Update, Values
 from cdc_embedder.watermark import Position, Watermark
 
 
@@ -62,6 +62,8 @@ class Router:
                         self.echoes += 1
                     else:
                         self._change(message, now)
+                case Skipped():
+                    self.echoes += 1
                 case Begin():
                     if self._position is not None:
                         raise ProtocolError("a transaction arrived inside another one")

@@ -17,6 +17,7 @@ import socket
 import time
 import uuid
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
@@ -41,10 +42,14 @@ from cdc_embedder.suspecting import Watch
 from cdc_embedder.wal.diagnosis import SlotStuck
 from cdc_embedder.wal.slot import PluginRefused
 from cdc_embedder.web import Health
+from cdc_embedder.writing import Writing
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+CALLS = 64
+"""Threads for calls of embedders; each is made when there is a call for it."""
 
 BUSY_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -84,6 +89,8 @@ class Service:
     async def run(self) -> None:
         """Run sessions, one after another. Raises Problem for what trying again cannot mend."""
         failures = 0
+        # As many calls of models at once as they ask for: asyncio's own pool counts the cores of this machine.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(CALLS, thread_name_prefix="call"))
         try:
             while not self._stop.is_set():
                 began = time.monotonic()
@@ -160,12 +167,14 @@ class Service:
         self._taken, self._spoiled = taken, False
         term = Term(slot, await requests.take_term(control, slot, self._name))
         suspects = await crashes.suspects(control, slot, self._name)
-        plain, marked = await self._connect(stack, "write"), await self._connect(stack, "write marked")
-        suppressed = await suppress_triggers(plain) and await suppress_triggers(marked)
-        origin = await set_up_origin(marked, slot)
-        writers = Writers(plain, marked if origin else None, origin, term, triggers_suppressed=suppressed)
+        writers, origins = await self._writers(stack, term)
         reading = Reading(
-            self._replication_dsn, taken, origin, settings.wal_sender_timeout_s, opened=self._health.working
+            self._replication_dsn,
+            taken,
+            origins,
+            settings.wal_sender_timeout_s,
+            binary=self._stuck[1] == 0,  # a type whose binary form fails must not hold the slot
+            opened=self._health.working,
         )
         configuration = Configuration(
             control,
@@ -181,19 +190,36 @@ class Service:
         fetcher = await self._connect(stack, "fetch")
         notes = await self._connect(stack, "report", synchronous_commit="off")
         watch = Watch(notes, slot, self._name)
-        pipeline = Pipeline(configuration, fetcher, writers, watch, settings.max_pending_keys)
+        pipeline = Pipeline(configuration, fetcher, writers.at_once, watch, settings.max_pending_keys)
+        writing = Writing(pipeline, configuration, writers, watch)
         reading.attach(configuration, pipeline)
         stack.push_async_callback(reading.close, clean=False)
         await configuration.reload()
         reporter = Reporter(notes, slot, self._name, lambda: pipeline.lanes, reading.position, time.monotonic)
         await reporter.once()  # before the slot is active: what an earlier service said is not true any more
-        await self._run_stages(stack, configuration, pipeline, reading, reporter)
+        await self._run_stages(stack, configuration, pipeline, writing, reading, reporter)
+
+    async def _writers(self, stack: AsyncExitStack, term: Term) -> tuple[Writers, list[tuple[str, int]]]:
+        """The sessions that write, and the origins of those that are marked by one."""
+        plain, marked, origins = [await self._connect(stack, "write")], [], []
+        suppressed = await suppress_triggers(plain[0])
+        for number in range(1, self._settings.writers + 1):
+            session = await self._connect(stack, f"write {number}")
+            if suppressed:
+                await suppress_triggers(session)
+            if (origin := await set_up_origin(session, term.slot, number)) is None:
+                plain.append(session)
+            else:
+                marked.append(session)
+                origins.append(origin)
+        return Writers(plain, marked, term, triggers_suppressed=suppressed), origins
 
     async def _run_stages(
         self,
         stack: AsyncExitStack,
         configuration: Configuration,
         pipeline: Pipeline,
+        writing: Writing,
         reading: Reading,
         reporter: Reporter,
     ) -> None:
@@ -222,7 +248,7 @@ class Service:
                     reporter.run(),
                 )
             ]
-            stages = [group.create_task(work) for work in (pipeline.fetch(), pipeline.embed(), pipeline.write())]
+            stages = [group.create_task(work) for work in (pipeline.fetch(), *writing.runs())]
             reader = group.create_task(reading.run())
             await self._stop.wait()
             log.info("stopping: finishing the batch in hand")

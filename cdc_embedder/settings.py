@@ -45,6 +45,13 @@ class Settings(BaseSettings):
     spill_after_s: float = Field(
         10.0, ge=0.0, description="A key that holds the slot for longer is spilled to its backlog table, seconds."
     )
+    writers: int = Field(
+        2,
+        ge=1,
+        le=16,
+        description="Sessions that write vectors at once; each has a replication origin, up to PostgreSQL 17 one of"
+        " max_replication_slots.",
+    )
     scan_period_s: float = Field(
         86_400.0, ge=1.0, description="Every row is compared with its ledger at least so often, slowly, seconds."
     )
@@ -56,7 +63,11 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
-    device: str = Field("auto", description="auto: a GPU where there is one, else the CPU; or a torch device name.")
+    device: str = Field(
+        "auto",
+        description="auto: every GPU, else the CPU; or torch devices with commas between them. A process serves each of"
+        " several; a name twice (cuda:0,cuda:0) is two processes.",
+    )
     allow_remote_code: bool = Field(
         False, description="Whether models whose row says trust_remote_code may run code from their repository."
     )
@@ -85,6 +96,14 @@ class Settings(BaseSettings):
     @classmethod
     def _understood(cls, text: str) -> str:
         address(text)
+        return text
+
+    @field_validator("device")
+    @classmethod
+    def _named(cls, text: str) -> str:
+        names = [name.strip() for name in text.split(",")]
+        if "" in names or ("auto" in names and len(names) > 1):
+            raise ValueError("name devices as in cuda:0,cuda:1, or auto alone")
         return text
 
     @property

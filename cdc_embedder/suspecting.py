@@ -1,7 +1,7 @@
 """Rule 7 while the service runs: what is with the model is noted, so that the next process knows what this one died of.
 
-One note at a time, overwritten by the next batch and removed when there is none. How suspects are tried is told by
-`pipeline`; what is stored, by `rows.crashes`.
+A note for each call of the model, overwritten by the next call and removed when there is none. How suspects are tried
+is told by `pipeline`; what is stored, by `rows.crashes`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,27 @@ class Watch:
         self._connection = connection
         self._slot = slot
         self._service = service
-        self._noted = False
+        self._notes = 0
+        self._over: list[int] = []
 
-    async def note(self, column: EmbeddingColumn, batch: Sequence[tuple[Key, bytes]]) -> None:
-        """These keys, with their texts' fingerprints, go to the model now."""
-        self._noted = True
-        await crashes.note(self._connection, self._slot, self._service, column.id, batch)
+    async def note(self, column: EmbeddingColumn, batch: Sequence[tuple[Key, bytes]]) -> int:
+        """These keys, with their texts' fingerprints, go to the model now; returns the note's number."""
+        if self._over:
+            number = self._over.pop()
+        else:
+            self._notes = number = self._notes + 1
+        await crashes.note(self._connection, self._slot, self._service, number, column.id, batch)
+        return number
+
+    def over(self, number: int) -> None:
+        """The call is over. Its note stands until another one overwrites it."""
+        self._over.append(number)
 
     async def clear(self) -> None:
-        """Nothing is with the model."""
-        if self._noted:
+        """Remove the notes, unless a call is going on."""
+        if self._notes and len(self._over) == self._notes:
+            self._notes, self._over = 0, []
             await crashes.clear(self._connection, self._slot, self._service)
-            self._noted = False
 
     async def acquit(self, lane: Lane, keys: Sequence[Key]) -> None:
         """These keys were tried, or need no trial."""

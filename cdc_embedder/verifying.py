@@ -158,7 +158,7 @@ async def _verify(settings: Settings, told: list[Row], sample: int | None, advan
             if column.fault is not None:
                 raise ColumnFault(f"{column.label} cannot be verified: {column.fault}")
             report = Report(row["id"], row["source_table"], row["target_column"], pending=row["pending"] or 0)
-            verification = Verification(connection, column, embedders, report, sample)
+            verification = Verification(connection, column, embedders, report, sample, row["engine"] or "")
             await verification.run(_steps(advance, report, row["rows"] or 0))
             reports.append(report)
     except psycopg.Error as error:
@@ -178,15 +178,22 @@ class Verification:
     """The verification of one column; `report` fills while it runs."""
 
     def __init__(
-        self, connection: Connection, column: EmbeddingColumn, embedders: Embedders, report: Report, sample: int | None
+        self,
+        connection: Connection,
+        column: EmbeddingColumn,
+        embedders: Embedders,
+        report: Report,
+        sample: int | None,
+        engine: str,
     ) -> None:
+        """`engine`: how the service says that it runs the model."""
         self._connection = connection
         self._column = column
         self._embedders = embedders
         self._report = report
         self._sample = None if sample is None else Sample(sample)
         self._evidences = audit.Evidences(connection, column)
-        self._least = least_cosine(column)
+        self._engine = engine
 
     async def run(self, advance: Callable[[int], None]) -> None:
         """All pages, then the sample where there is one, then the ledger. Raises psycopg.Error as it comes, Problem."""
@@ -266,7 +273,9 @@ class Verification:
         a, b = np.array(stored, dtype=np.float64), outcome.vectors.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-        right = cosine >= self._least  # false for NaN: a zero vector, or a text that the model refuses
+        right = cosine >= least_cosine(
+            self._column, f"{self._engine}; {embedder.engine}"
+        )  # false for NaN: a zero vector, or a text that the model refuses
         return len(rows) - int(np.count_nonzero(right))
 
     async def _orphans(self) -> None:
@@ -296,9 +305,11 @@ class Sample:
                 self.drawn[place] = key
 
 
-def least_cosine(column: EmbeddingColumn) -> float:
-    """What the cosine of stored and recomputed vector must reach."""
-    half = column.model.dtype in ("bfloat16", "float16") or (
-        column.target is not None and column.target.kind == "halfvec"
+def least_cosine(column: EmbeddingColumn, engine: str = "") -> float:
+    """What the cosine of stored and recomputed vector must reach; `engine` tells how the model was run, both times."""
+    half = (
+        column.model.dtype in ("bfloat16", "float16")
+        or "float16" in engine  # as bfloat16 is, too
+        or (column.target is not None and column.target.kind == "halfvec")
     )
     return LEAST_COSINE_HALF if half else LEAST_COSINE

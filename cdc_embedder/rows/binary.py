@@ -7,9 +7,9 @@ those of `array_recv`, `vector_recv` and `halfvec_recv`; elements are big-endian
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import Struct
 
 import numpy as np
-from numpy.typing import NDArray
 from psycopg import AsyncCursor
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
@@ -17,7 +17,9 @@ from psycopg.pq import Format
 
 from cdc_embedder.embedding.base import Vectors
 
-_BYTEA, _FLOAT4, _FLOAT8 = 17, 700, 701
+_BYTEA, _TEXT, _FLOAT4, _FLOAT8 = 17, 25, 700, 701
+_LENGTH = Struct("!i").pack
+_NULL = _LENGTH(-1)
 
 
 class BinaryArray(bytes):
@@ -47,12 +49,12 @@ def vectors(values: Vectors, kind: str, oid: int) -> BinaryArray:
         width, element, code = (4, _FLOAT4, ">f4") if kind == "float4" else (8, _FLOAT8, ">f8")
         flat = np.empty(rows * dimensions, dtype=[("length", ">i4"), ("value", code)])
         flat["length"], flat["value"] = width, values.reshape(-1)
-        return _array(element, rows * dimensions, flat)
+        return _array(element, rows * dimensions, flat.data)
     code, width = (">f4", 4) if kind == "vector" else (">f2", 2)
     layout = [("length", ">i4"), ("dimensions", ">i2"), ("unused", ">i2"), ("value", code, (dimensions,))]
     body = np.zeros(rows, dtype=layout)
     body["length"], body["dimensions"], body["value"] = 4 + width * dimensions, dimensions, values
-    return _array(oid, rows, body)
+    return _array(oid, rows, body.data)
 
 
 def octets(values: Sequence[bytes], width: int) -> BinaryArray:
@@ -60,12 +62,24 @@ def octets(values: Sequence[bytes], width: int) -> BinaryArray:
     body = np.empty(len(values), dtype=[("length", ">i4"), ("value", "u1", (width,))])
     body["length"] = width
     body["value"] = np.frombuffer(b"".join(values), dtype=np.uint8).reshape(len(values), width)
-    return _array(_BYTEA, len(values), body)
+    return _array(_BYTEA, len(values), body.data)
 
 
-def _array(element: int, length: int, body: NDArray[np.void]) -> BinaryArray:
-    """Header (dimensions, no NULLs, element type, length, lower bound 1), body. Source: array_recv in arrayfuncs.c."""
+def texts(values: Sequence[str | None]) -> BinaryArray:
+    """A text[]; None is NULL. On sessions whose client_encoding is UTF-8."""
+    parts: list[bytes] = []
+    for value in values:
+        if value is None:
+            parts.append(_NULL)
+        else:
+            encoded = value.encode()
+            parts += _LENGTH(len(encoded)), encoded
+    return _array(_TEXT, len(values), b"".join(parts), nulls=None in values)
+
+
+def _array(element: int, length: int, body: Buffer, *, nulls: bool = False) -> BinaryArray:
+    """Header (dimensions, NULLs, element type, length, lower bound 1), body. Source: array_recv in arrayfuncs.c."""
     if length == 0:
         return BinaryArray(np.array([0, 0, element], dtype=">u4").tobytes())
-    header = np.array([1, 0, element, length, 1], dtype=">u4").tobytes()
-    return BinaryArray(header + body.tobytes())
+    header = np.array([1, nulls, element, length, 1], dtype=">u4").tobytes()
+    return BinaryArray(b"".join((header, body)))

@@ -7,6 +7,7 @@ text, not for a row: when that has changed it is void.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,14 +24,15 @@ class Suspect:
 
 
 async def note(
-    connection: Connection, slot: str, service: str, column: int, batch: Iterable[tuple[Key, bytes]]
+    connection: Connection, slot: str, service: str, number: int, column: int, batch: Iterable[tuple[Key, bytes]]
 ) -> None:
-    """These keys, with their texts' fingerprints, are with the model from now on."""
-    keys = jsonb([[list(key), fingerprint.hex()] for key, fingerprint in batch])
+    """These keys, with their texts' fingerprints, are with the model from now on, instead of those that the note of
+    this number told of."""
+    keys = json.dumps([[key, fingerprint.hex()] for key, fingerprint in batch], ensure_ascii=False)
     await connection.execute(
-        "INSERT INTO cdc_embedder.in_flight (slot, service, column_id, keys) VALUES ($1, $2, $3, $4)"
-        " ON CONFLICT (slot, service) DO UPDATE SET column_id = excluded.column_id, keys = excluded.keys",
-        (slot, service, column, keys),
+        "INSERT INTO cdc_embedder.in_flight (slot, service, number, column_id, keys) VALUES ($1, $2, $3, $4, $5)"
+        " ON CONFLICT (slot, service, number) DO UPDATE SET column_id = excluded.column_id, keys = excluded.keys",
+        (slot, service, number, column, keys),
     )
 
 
@@ -45,7 +47,7 @@ async def suspects(connection: Connection, slot: str, service: str) -> dict[int,
         "WITH found AS (DELETE FROM cdc_embedder.in_flight WHERE slot = $1 AND service <> $2 RETURNING column_id, keys)"
         " INSERT INTO cdc_embedder.suspect AS s (column_id, key, fingerprint, guilty)"
         " SELECT DISTINCT ON (1, 2) f.column_id, k.value -> 0, decode(k.value ->> 1, 'hex'), false"
-        "   FROM found f CROSS JOIN jsonb_array_elements(f.keys) AS k(value)"
+        "   FROM found f CROSS JOIN jsonb_array_elements(f.keys::jsonb) AS k(value)"
         "  WHERE EXISTS (SELECT FROM cdc_embedder.embedding_column c WHERE c.id = f.column_id)"
         " ON CONFLICT (column_id, key) DO UPDATE"
         " SET guilty = s.fingerprint = excluded.fingerprint, fingerprint = excluded.fingerprint",

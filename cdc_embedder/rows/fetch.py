@@ -8,8 +8,8 @@ transaction that snapshot sees; the caller decides that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from psycopg import sql
 from psycopg.abc import Buffer
@@ -19,6 +19,7 @@ from psycopg.pq import Format
 
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.pending import Key
+from cdc_embedder.rows import binary
 from cdc_embedder.rows import expressions as e
 from cdc_embedder.rows.session import Connection
 from cdc_embedder.visibility import Snapshot
@@ -40,8 +41,10 @@ TEXT_BYTES = 16 * 1024 * 1024
 """Text that one fetch brings, as the server counts it: a single longer one still travels, alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+_VERDICTS = tuple(Verdict)
+
+
+class Row(NamedTuple):
     """A judged row. `text` is the server's bytes in UTF-8 as it sent them, None where it could not; `failures` of this
     very text so far."""
 
@@ -130,13 +133,13 @@ class Fetch:
     async def _read(self, statement: str, keys: Sequence[Key]) -> tuple[Snapshot, list[Row]]:
         cursor = self._connection.cursor(binary=True)
         cursor.adapters.register_loader("text", _Bytes)
-        columns = [[key[position] for key in keys] for position in range(self._width)]
+        binary.register(cursor)
+        columns = [binary.texts([key[position] for key in keys]) for position in range(self._width)]
         await cursor.execute(statement, columns, prepare=True)
         found = await cursor.fetchall()
         snapshot = Snapshot.parse(bytes(found[0][4]).decode())
         return snapshot, [
-            Row(Verdict(judged), bytes(fingerprint) if fingerprint is not None else None, text, failures)
-            for judged, fingerprint, text, failures, _ in found
+            Row(_VERDICTS[judged], fingerprint, text, failures) for judged, fingerprint, text, failures, _ in found
         ]
 
 

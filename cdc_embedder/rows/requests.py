@@ -149,9 +149,14 @@ async def make_publication(connection: Connection, slot: str) -> bool:
     return True
 
 
-async def publish(connection: Connection, slot: str, schema: str, table: str) -> str | None:
+async def publish(connection: Connection, slot: str, column: EmbeddingColumn) -> str | None:
     """Add a table to the publication; None, or the statement that somebody with the right must run."""
-    statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(sql.Identifier(slot), sql.Identifier(schema, table))
+    keys = sql.SQL(", ").join(sql.Identifier(key.name) for key in column.key)
+    statement = sql.SQL("ALTER PUBLICATION {} ADD TABLE {}{}").format(
+        sql.Identifier(slot),
+        sql.Identifier(column.schema, column.table),
+        sql.SQL(" ({})").format(keys) if column.keys_only else sql.SQL(""),
+    )
     try:
         await connection.execute(statement)
     except errors.DuplicateObject:
@@ -183,15 +188,16 @@ async def report(
     scan = lane.scan
     await connection.execute(
         'INSERT INTO cdc_embedder.column_state AS s (column_id, state, reason, rows, "null", current, failed,'
-        " truncated, pending, backlog, oldest_pending_s, rows_per_s, circuit_breaker, last_error, updated_at)"
+        " truncated, pending, backlog, oldest_pending_s, rows_per_s, circuit_breaker, engine, last_error,"
+        " updated_at)"
         " SELECT $1::int, $2::text, $3::text, $4::int8, $5::int8, $6::int8, $7::int8, $8::int8, $9::int8, $10::int8,"
-        " $11::float8, $12::float8, $13::text, $14::text, clock_timestamp()"
+        " $11::float8, $12::float8, $13::text, $14::text, $15::text, clock_timestamp()"
         " WHERE EXISTS (SELECT FROM cdc_embedder.embedding_column WHERE id = $1)"
         " ON CONFLICT (column_id) DO UPDATE SET state = excluded.state, reason = excluded.reason, rows = excluded.rows,"
         ' "null" = excluded."null", current = excluded.current, failed = excluded.failed,'
         " truncated = excluded.truncated, pending = excluded.pending, backlog = excluded.backlog,"
         " oldest_pending_s = excluded.oldest_pending_s, rows_per_s = excluded.rows_per_s,"
-        " circuit_breaker = excluded.circuit_breaker, last_error = excluded.last_error,"
+        " circuit_breaker = excluded.circuit_breaker, engine = excluded.engine, last_error = excluded.last_error,"
         " updated_at = excluded.updated_at",
         (
             lane.column.id,
@@ -207,6 +213,7 @@ async def report(
             oldest_s,
             rows_per_s,
             circuit_breaker,
+            None if lane.embedder is None else lane.embedder.engine,
             lane.last_error,
         ),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,7 @@ _RETRY_AT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(NamedTuple):
     """One row of a batch.
 
     `has_vector`: a vector is to be stored; otherwise NULL is (no text, or a text that failed again), or, with
@@ -84,10 +84,10 @@ class WriteBack:
             (w.has_vector | w.truncated << 1 | w.keep << 2 for w in writes), dtype=np.int16, count=len(writes)
         )
         parameters = [
-            *([write.key[position] for write in writes] for position in range(self._width)),
+            *(binary.texts([write.key[position] for write in writes]) for position in range(self._width)),
             binary.octets([write.fingerprint for write in writes], 32),
             flags.tolist(),
-            [write.error for write in writes],
+            binary.texts([write.error for write in writes]),
             binary.vectors(vectors, self._column.target.kind, self._column.target.oid),
         ]
         await cursor.execute(self._statement, parameters, prepare=True)
@@ -110,15 +110,13 @@ WITH guard AS MATERIALIZED (
     UPDATE {table} t SET {target_name} = k.vector
       FROM locked k
      WHERE {locked_is_source} AND k.flags & 4 = 0
-    RETURNING k.ordinal, {fingerprint} AS fingerprint, {stored} AS digest
+    RETURNING {locked_key}, k.ordinal, k.fingerprint, k.flags, k.error, {stored} AS digest{check}
 ), held AS (
+    SELECT {updated_key}, u.ordinal, u.fingerprint, u.flags, {outcome} AS error, u.digest FROM updated u
+    UNION ALL
     SELECT {locked_key}, k.ordinal, k.fingerprint, k.flags,
-           CASE WHEN k.flags & 4 <> 0 THEN k.error
-                WHEN u.ordinal IS NULL THEN {refused}
-                WHEN u.fingerprint <> k.fingerprint OR u.digest IS DISTINCT FROM {sent} THEN {changed}
-                ELSE k.error END AS error,
-           u.digest
-      FROM locked k LEFT JOIN updated u ON u.ordinal = k.ordinal
+           CASE WHEN k.flags & 4 <> 0 THEN k.error ELSE {refused} END, NULL
+      FROM locked k WHERE k.ordinal NOT IN (SELECT u.ordinal FROM updated u)
 ), recorded AS (
     INSERT INTO {ledger} AS l ({ledger_names}, fingerprint, generation, vector_digest, state, attempts, error, retry_at,
                                embedded_at)
@@ -139,6 +137,10 @@ WITH guard AS MATERIALIZED (
 SELECT ordinal FROM held
 """
 
+# What a trigger may have done to the row. Where none fires there is nothing to compare.
+_CHECK = ", {fingerprint} AS present, {sent} AS sent"
+_OUTCOME = "CASE WHEN u.present <> u.fingerprint OR u.digest IS DISTINCT FROM u.sent THEN {changed} ELSE u.error END"
+
 _AGAIN = "l.state = 'failed' AND l.fingerprint = excluded.fingerprint AND l.generation = excluded.generation"
 
 # The check and the trigger's creation exclude each other: CREATE TRIGGER waits for our lock on the table, and a
@@ -158,6 +160,12 @@ def _statement(column: EmbeddingColumn, term: Term, without_triggers: str | None
     source = e.source_key(column)
     comma = sql.SQL(", ").join
     inputs, input_names = _inputs(column, names)
+    check: e.Composed = sql.SQL("")
+    outcome: e.Composed = sql.SQL("u.error")
+    if without_triggers is None:
+        sent = e.digest(column, sql.Identifier("k", "vector"))
+        check = sql.SQL(_CHECK).format(fingerprint=e.fingerprint(column), sent=sent)
+        outcome = sql.SQL(_OUTCOME).format(changed=sql.Literal(CHANGED_BY_TRIGGER))
     return sql.SQL(_SHAPE).format(
         slot=sql.Literal(term.slot),
         term=sql.Literal(term.number),
@@ -180,9 +188,10 @@ def _statement(column: EmbeddingColumn, term: Term, without_triggers: str | None
         locked_is_source=e.same_key(column.key, source, locked),
         stored=e.digest(column, e.target(column)),
         locked_key=comma(locked),
+        updated_key=comma(sql.Identifier("u", f"key_{n + 1}") for n in range(width)),
         refused=sql.Literal(REFUSED_BY_TRIGGER),
-        changed=sql.Literal(CHANGED_BY_TRIGGER),
-        sent=e.digest(column, sql.Identifier("k", "vector")),
+        check=check,
+        outcome=outcome,
         ledger=e.ledger(column),
         ledger_names=comma(names),
         held_key=comma(sql.Identifier("h", f"key_{n + 1}") for n in range(width)),

@@ -1,14 +1,15 @@
 """The sessions that write vectors back, and which of them writes what.
 
-Where the server lets us, one session writes under a replication origin of its own, so that the stream can pass our
-echo over; it writes only rows of tables whose triggers our update does not fire (a trigger's writes would carry the
-origin too, and be hidden). Everything else goes through a plain session. Neither fires ordinary triggers where the role
-may suppress them. Origins: one name a session, `<slot>_1`;
-up to PostgreSQL 17 each takes one of `max_replication_slots`.
+Where the server lets us, sessions write under replication origins of their own, so that the stream can pass our echo
+over; they write only rows of tables whose triggers our update does not fire (a trigger's writes would carry the origin
+too, and be hidden). Everything else goes through a plain session. None fires ordinary triggers where the role may
+suppress them. Origins: one name a session, `<slot>_1`, `<slot>_2` …; up to PostgreSQL 17 each takes one of
+`max_replication_slots`. Which session writes a row does not matter: no row is in two batches at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -27,35 +28,45 @@ _A_ROW = ("22", "23", "38", "39", "44", "P0")
 
 
 class Writers:
-    """A marked session where there is one, and a plain one. `origin` is its name and numeric id, or None."""
+    """Plain sessions, at least one, and those that are marked by an origin, if there are any."""
 
     def __init__(
         self,
-        plain: Connection,
-        marked: Connection | None,
-        origin: tuple[str, int] | None,
+        plain: Sequence[Connection],
+        marked: Sequence[Connection],
         term: Term,
         *,
         triggers_suppressed: bool = False,
     ) -> None:
         self._triggers_suppressed = triggers_suppressed
         self._term = term
-        self._plain = plain
-        self._marked = marked
-        self.origin = origin
-        self._statements: dict[tuple[int, bool], tuple[EmbeddingColumn, WriteBack]] = {}
+        self._any_marked = bool(marked)
+        self.at_once = max(len(plain), len(marked))
+        """How many batches can be written at once."""
+        self._free: dict[bool, asyncio.Queue[Connection]] = {False: asyncio.Queue(), True: asyncio.Queue()}
+        for session in plain:
+            self._free[False].put_nowait(session)
+        for session in marked:
+            self._free[True].put_nowait(session)
+        self._statements: dict[tuple[int, Connection], tuple[EmbeddingColumn, WriteBack]] = {}
 
     async def write(self, column: EmbeddingColumn, writes: Sequence[Write], vectors: Vectors) -> set[int]:
-        """See `WriteBack.write`."""
+        """See `WriteBack.write`. Waits for a session that is free."""
         fires = column.fires_always if self._triggers_suppressed else column.fires_triggers
-        marked = self._marked is not None and not fires
-        known = self._statements.get((column.id, marked))
+        marked = self._any_marked and not fires
+        session = await self._free[marked].get()
+        try:
+            return await self._statement(column, session, marked).write(writes, vectors)
+        finally:
+            self._free[marked].put_nowait(session)
+
+    def _statement(self, column: EmbeddingColumn, session: Connection, marked: bool) -> WriteBack:
+        known = self._statements.get((column.id, session))
         if known is None or known[0] is not column:
-            session = self._marked if marked and self._marked is not None else self._plain
             without = None if not marked else "RA" if self._triggers_suppressed else "OA"
             known = (column, WriteBack(session, column, self._term, without_triggers=without))
-            self._statements[column.id, marked] = known
-        return await known[1].write(writes, vectors)
+            self._statements[column.id, session] = known
+        return known[1]
 
     @staticmethod
     def blames_a_row(problem: Problem) -> bool:
@@ -79,12 +90,12 @@ async def suppress_triggers(connection: Connection) -> bool:
     return True
 
 
-async def set_up_origin(connection: Connection, slot: str) -> tuple[str, int] | None:
-    """Make every transaction of this session carry an origin of ours: its (name, id); None where we may not.
+async def set_up_origin(connection: Connection, slot: str, number: int) -> tuple[str, int] | None:
+    """Make every transaction of this session carry our `number`th origin: its (name, id); None where we may not.
 
     Source: https://www.postgresql.org/docs/current/replication-origins.html
     """
-    name = f"{slot}_1"
+    name = f"{slot}_{number}"
     row = await one(
         connection,
         "SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_proc p"

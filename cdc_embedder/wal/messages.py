@@ -82,6 +82,11 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """An insert or update of a transaction of our own origin, unread."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogicalMessage:
     transactional: bool
     lsn: LSN
@@ -89,4 +94,4 @@ class LogicalMessage:
     content: bytes
 
 
-Message = Begin | Commit | Relation | Insert | Update | Delete | Truncate | Origin | LogicalMessage
+Message = Begin | Commit | Relation | Insert | Update | Delete | Truncate | Origin | Skipped | LogicalMessage

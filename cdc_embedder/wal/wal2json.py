@@ -28,7 +28,7 @@ from cdc_embedder.wal.messages import (
     Truncate,
     Update,
 )
-from cdc_embedder.wal.pgoutput import LONGEST_KEY, Wanted
+from cdc_embedder.wal.pgoutput import LONGEST_KEY
 
 _T = TypeVar("_T")
 
@@ -96,7 +96,7 @@ class Wal2JsonDecoder:
     (Commit(commit_lsn=LSN(0/1550528), end_lsn=LSN(0/1550558)),)
     """
 
-    def __init__(self, server_encoding: str = "UTF8", wanted: Wanted | None = None) -> None:
+    def __init__(self, server_encoding: str = "UTF8") -> None:
         """Raises Misconfigured for an encoding that Python cannot read."""
         if server_encoding not in CODECS:
             raise Misconfigured(
@@ -104,10 +104,9 @@ class Wal2JsonDecoder:
                 hint="set output_plugin to pgoutput, which converts to UTF-8, and drop the wal2json slot",
             )
         self._codec = CODECS[server_encoding]
-        self._wanted = wanted
         self._event = msgspec.json.Decoder(_Event).decode
         self._string = msgspec.json.Decoder(str).decode
-        self._relations: dict[tuple[str, str], tuple[Relation, frozenset[str] | None]] = {}
+        self._relations: dict[tuple[str, str], tuple[Relation, frozenset[str]]] = {}
 
     def decode(self, payload: memoryview | bytes) -> Sequence[Message]:
         """The messages that one payload holds: one, or a begin and its origin. Raises ProtocolError, nothing else."""
@@ -131,20 +130,20 @@ class Wal2JsonDecoder:
     def _messages(self, event: _Event) -> Sequence[Message]:
         match event.action:
             case "I":
-                relation, wanted, key = self._relation(event)
-                return (Insert(relation, self._values(event.columns, wanted, key)),)
+                relation, key = self._relation(event)
+                return (Insert(relation, self._values(event.columns, key)),)
             case "U":
-                relation, wanted, key = self._relation(event)
-                values = self._values(event.columns, wanted, key)
-                return (Update(relation, values, self._values(event.identity, wanted, key)),)
+                relation, key = self._relation(event)
+                values = self._values(event.columns, key)
+                return (Update(relation, values, self._values(event.identity, key)),)
             case "B":
                 begin = Begin(_given(event.xid, "xid"), _lsn(event.lsn))
                 return (begin, Origin(id=event.origin)) if event.origin else (begin,)
             case "C":
                 return (Commit(_lsn(event.lsn), _lsn(event.nextlsn)),)
             case "D":
-                relation, wanted, key = self._relation(event)
-                return (Delete(relation, self._values(event.identity, wanted, key)),)
+                relation, key = self._relation(event)
+                return (Delete(relation, self._values(event.identity, key)),)
             case "T":
                 return (Truncate((self._relation(event)[0],)),)
             case "M":
@@ -157,25 +156,20 @@ class Wal2JsonDecoder:
                     hint="it may come from a newer version of the plugin; skipping it could lose rows",
                 )
 
-    def _relation(self, event: _Event) -> tuple[Relation, frozenset[str] | None, frozenset[str]]:
-        """The relation, which of its columns to decode (None: all), and its primary key."""
+    def _relation(self, event: _Event) -> tuple[Relation, frozenset[str]]:
+        """The relation, and its primary key."""
         name = (_given(event.schema, "schema"), _given(event.table, "table"))
         key = tuple(column.name for column in event.pk)
-        relation, wanted = self._relations.get(name, (None, None))
-        if relation is None or relation.key_columns != key:
-            relation = Relation(*name, key_columns=key)
-            chosen = self._wanted(relation) if self._wanted else None
-            wanted = None if chosen is None else frozenset(chosen)
-            self._relations[name] = (relation, wanted)
-        return relation, wanted, frozenset(key)
+        known = self._relations.get(name)
+        if known is None or known[0].key_columns != key:
+            known = self._relations[name] = (Relation(*name, key_columns=key), frozenset(key))
+        return known
 
-    def _values(
-        self, columns: list[_Column], wanted: frozenset[str] | None, key: frozenset[str]
-    ) -> dict[str, str | None]:
+    def _values(self, columns: list[_Column], key: frozenset[str]) -> dict[str, str | None]:
         values: dict[str, str | None] = {}
         for column in columns:
             name = column.name
-            if (wanted is None or name in wanted) and len(memoryview(column.value)) <= LONGEST_KEY:
+            if len(memoryview(column.value)) <= LONGEST_KEY:
                 value = values[name] = self._value(column)
                 if value is None and name in key:
                     raise NotCarried(

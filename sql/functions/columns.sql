@@ -103,7 +103,8 @@ AS $$
                'model', m.name, 'source', coalesce(m.source, m.name), 'revision', m.revision, 'backend', m.backend,
                'dimensions', m.dimensions, 'max_tokens', m.max_tokens, 'document_prompt', m.document_prompt,
                'normalize', m.normalize, 'dtype', m.dtype,
-               'options', m.options - '{base_url,api_key_env,max_batch_rows,timeout_s,delay_s,delay_per_text_s,down,exit}'::text[],
+               'options', m.options - '{base_url,api_key_env,max_requests,max_batch_rows,timeout_s,batch_tokens,address,actors,num_cpus,num_gpus,'
+                            'delay_s,delay_per_text_s,down,exit}'::text[],
                'source_columns', c.source_columns, 'separator', c.separator)
       FROM cdc_embedder.model m WHERE m.name = c.model
 $$;
@@ -234,10 +235,6 @@ AS $$
 DECLARE
     bound record;
 BEGIN
-    IF NEW.backend = 'ray' THEN
-        RAISE EXCEPTION 'the backend ''ray'' is not built yet'
-            USING ERRCODE = 'feature_not_supported', HINT = 'Use ''local'' or ''openai''.';
-    END IF;
     IF TG_OP = 'UPDATE' AND NEW.dimensions <> OLD.dimensions THEN
         SELECT c.source_table::text AS shown, a.attname, format_type(a.atttypid, a.atttypmod) AS type INTO bound
           FROM cdc_embedder.embedding_column c

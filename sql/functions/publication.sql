@@ -9,16 +9,27 @@ SET lock_timeout = '1s'
 AS $$
 DECLARE
     statement text;
+    keys text := CASE WHEN NEW.keys_only
+                      THEN (SELECT format(' (%s)', string_agg(quote_ident(k), ', ')) FROM unnest(NEW.key_columns) k)
+                      ELSE '' END;
+    renewed boolean := CASE WHEN TG_OP = 'UPDATE' THEN NEW.keys_only <> OLD.keys_only ELSE false END;
 BEGIN
-    SELECT format('ALTER PUBLICATION %I ADD TABLE %I.%I', NEW.slot, n.nspname, c.relname) INTO statement
+    SELECT format('ALTER PUBLICATION %I ADD TABLE %I.%I%s', NEW.slot, n.nspname, c.relname, keys) INTO statement
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE c.oid = NEW.source_table AND c.relpersistence = 'p';
     IF statement IS NULL
-       OR EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = NEW.slot AND plugin = 'wal2json')
-       OR EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-                   WHERE p.pubname = NEW.slot AND r.prrelid = NEW.source_table) THEN
+       OR EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = NEW.slot AND plugin = 'wal2json') THEN
         NEW.publication_statement := NULL;
         RETURN NEW;
+    END IF;
+    IF EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+                WHERE p.pubname = NEW.slot AND r.prrelid = NEW.source_table) THEN
+        IF NOT renewed THEN
+            NEW.publication_statement := NULL;
+            RETURN NEW;
+        END IF;
+        -- In one transaction: no change of the table is passed over.
+        statement := format('ALTER PUBLICATION %I DROP TABLE %s; %s', NEW.slot, NEW.source_table, statement);
     END IF;
     NEW.publication_statement := statement;
     -- Twice: a wait of deadlock_timeout is what makes an autovacuum of the table give way.

@@ -15,7 +15,8 @@ $$;
 -- else real[]. Returns the id.
 CREATE OR REPLACE FUNCTION cdc_embedder.add_embedding_column(
     source_table regclass, source_columns text[], target_column name, model text,
-    when_stale text DEFAULT 'keep', separator text DEFAULT NULL, priority int DEFAULT 0, on_existing text DEFAULT 'ask')
+    when_stale text DEFAULT 'keep', separator text DEFAULT NULL, priority int DEFAULT 0, on_existing text DEFAULT 'ask',
+    keys_only boolean DEFAULT false)
 RETURNS int
 LANGUAGE plpgsql SECURITY INVOKER
 SET search_path = pg_catalog, pg_temp
@@ -30,8 +31,8 @@ BEGIN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I %s', $1, $3, cdc_embedder._target_type(of_model.dimensions));
     END IF;
     INSERT INTO cdc_embedder.embedding_column AS c
-        (source_table, source_columns, target_column, model, when_stale, separator, priority, on_existing)
-    VALUES ($1, $2, $3, $4, $5, coalesce($6, E'\n\n'), $7, $8)
+        (source_table, source_columns, target_column, model, when_stale, separator, priority, on_existing, keys_only)
+    VALUES ($1, $2, $3, $4, $5, coalesce($6, E'\n\n'), $7, $8, $9)
     RETURNING c.id INTO made;
     RETURN made;
 EXCEPTION WHEN lock_not_available THEN

@@ -111,7 +111,7 @@ RETURNS TABLE (
     id int, source_table text, target_column name, model text, slot name, state text, reason text,
     rows bigint, rows_estimated boolean, "null" bigint, current bigint, pending bigint, failed bigint, truncated bigint,
     coverage numeric, oldest_pending_s double precision, lag_bytes bigint, embedded_through pg_lsn,
-    rows_per_s double precision, eta_s double precision, last_error text, backlog bigint, circuit_breaker text)
+    rows_per_s double precision, eta_s double precision, last_error text, backlog bigint, circuit_breaker text, engine text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET row_security = off
@@ -166,6 +166,7 @@ BEGIN
         last_error := said.last_error;
         backlog := said.backlog;
         circuit_breaker := said.circuit_breaker;
+        engine := said.engine;
         spilled := cdc_embedder._spilled_from(c.id);
         SELECT greatest(pg_wal_lsn_diff(present, s.confirmed_flush_lsn), 0)::bigint, least(s.confirmed_flush_lsn, spilled)
           INTO lag_bytes, embedded_through

@@ -4,14 +4,14 @@ CREATE OR REPLACE TRIGGER a_protect BEFORE UPDATE ON cdc_embedder.embedding_colu
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._protect();
 
 CREATE OR REPLACE TRIGGER b_validate
-    BEFORE INSERT OR UPDATE OF source_table, source_columns, separator, target_column, model, when_stale, slot
+    BEFORE INSERT OR UPDATE OF source_table, source_columns, separator, target_column, model, when_stale, slot, keys_only
     ON cdc_embedder.embedding_column
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._validate();
 
 CREATE OR REPLACE TRIGGER b_validate_resumed BEFORE UPDATE OF enabled ON cdc_embedder.embedding_column
     FOR EACH ROW WHEN (NEW.enabled AND NOT OLD.enabled) EXECUTE FUNCTION cdc_embedder._validate();
 
-CREATE OR REPLACE TRIGGER c_publish BEFORE INSERT OR UPDATE OF source_table, slot, enabled
+CREATE OR REPLACE TRIGGER c_publish BEFORE INSERT OR UPDATE OF source_table, slot, enabled, keys_only
     ON cdc_embedder.embedding_column
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._publish();
 

@@ -53,7 +53,7 @@ END
 $$;
 
 -- A usable primary key, and a replica identity under which publishing updates cannot make the application's UPDATE fail.
-CREATE OR REPLACE FUNCTION cdc_embedder._check_key(source_table oid) RETURNS void
+CREATE OR REPLACE FUNCTION cdc_embedder._check_key(source_table oid, keys_only boolean) RETURNS void
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $$
@@ -87,6 +87,21 @@ BEGIN
         RAISE EXCEPTION '% has no usable replica identity (NOTHING, or an index that is gone)', leaf
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = format('Published like that, its updates would fail: ALTER TABLE %s REPLICA IDENTITY DEFAULT.', leaf);
+    END IF;
+    IF keys_only AND current_setting('server_version_num')::int < 150000 THEN
+        RAISE EXCEPTION 'keys_only needs PostgreSQL 15: an older publication has no column lists'
+            USING ERRCODE = 'feature_not_supported', HINT = 'Leave keys_only at false.';
+    END IF;
+    SELECT c.oid::regclass::text INTO leaf
+      FROM pg_class c
+     WHERE (c.oid = source_table OR c.oid IN (SELECT relid FROM pg_partition_tree(source_table)))
+       AND c.relreplident <> 'd'
+     ORDER BY c.oid = source_table DESC, c.oid
+     LIMIT 1;
+    IF keys_only AND FOUND THEN
+        RAISE EXCEPTION 'keys_only: % has another replica identity than its primary key', leaf
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = format('Published like that, its updates would fail: ALTER TABLE %s REPLICA IDENTITY DEFAULT, or leave keys_only at false.', leaf);
     END IF;
 END
 $$;
@@ -325,7 +340,7 @@ BEGIN
     -- FOR SHARE: a change of the model under way must not miss this column.
     SELECT * INTO of_model FROM cdc_embedder.model m WHERE m.name = NEW.model FOR SHARE;
     PERFORM cdc_embedder._check_table(NEW.source_table, NEW.id);
-    PERFORM cdc_embedder._check_key(NEW.source_table);
+    PERFORM cdc_embedder._check_key(NEW.source_table, NEW.keys_only);
     NEW.source_attnums := cdc_embedder._check_sources(NEW.source_table, NEW.source_columns);
     NEW.target_attnum := cdc_embedder._check_target(
         NEW.source_table, NEW.target_column, NEW.source_columns, of_model.name, of_model.dimensions);

@@ -49,6 +49,7 @@ CREATE TABLE cdc_embedder.embedding_column (
     slot name NOT NULL DEFAULT 'cdc_embedder',
     enabled boolean NOT NULL DEFAULT true,
     on_existing text NOT NULL DEFAULT 'ask' CHECK (on_existing IN ('ask', 'replace', 'adopt')),
+    keys_only boolean NOT NULL DEFAULT false,
     source_schema name,
     source_name name,
     system_identifier bigint,
@@ -65,6 +66,7 @@ CREATE TABLE cdc_embedder.embedding_column (
 );
 
 COMMENT ON TABLE cdc_embedder.embedding_column IS 'one row a column that fills itself with embeddings: INSERT, UPDATE and DELETE are the interface';
+COMMENT ON COLUMN cdc_embedder.embedding_column.keys_only IS 'publish the key columns alone (PostgreSQL 15 and up, pgoutput): cheaper to decode; with another replica identity than DEFAULT the application''s updates would fail';
 COMMENT ON COLUMN cdc_embedder.embedding_column.source_schema IS 'from here on filled by triggers, whatever the statement says';
 COMMENT ON COLUMN cdc_embedder.embedding_column.publication_statement IS 'what somebody with the right must run before the slot hears of the table; until then scans feed it';
 
@@ -117,6 +119,7 @@ CREATE UNLOGGED TABLE cdc_embedder.column_state (
     oldest_pending_s double precision,
     rows_per_s double precision,
     circuit_breaker text,
+    engine text,
     last_error text,
     updated_at timestamptz NOT NULL DEFAULT now()
 );
@@ -150,10 +153,14 @@ COMMENT ON TABLE cdc_embedder.leader IS 'who serves a slot; each one that takes 
 CREATE UNLOGGED TABLE cdc_embedder.in_flight (
     slot name NOT NULL,
     service text NOT NULL,
+    number int NOT NULL,
     column_id int NOT NULL,
-    keys jsonb NOT NULL,
-    PRIMARY KEY (slot, service)
+    keys text NOT NULL,
+    PRIMARY KEY (slot, service, number)
 );
+
+-- JSON that nobody reads before a crash: neither parsed nor compressed for every batch.
+ALTER TABLE cdc_embedder.in_flight ALTER COLUMN keys SET STORAGE EXTERNAL;
 
 COMMENT ON TABLE cdc_embedder.in_flight IS 'the keys that are with the model at this moment: what is found here after a crash is suspected of it (rule 7)';
 
