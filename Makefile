@@ -4,6 +4,7 @@
 #               make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # ARGS          for demo: a question, --keep, --rows N; for test: pytest's arguments
 # MINUTES       for soak; SEED too, to begin where another run did
+# PGAI          the release whose trigger is measured as a peer
 # WORKERS       how many tests run side by side; each has servers of its own, and mostly waits
 
 PYTHON ?= python3
@@ -13,13 +14,14 @@ ARGS ?=
 MINUTES ?= 10
 SEED ?=
 WORKERS ?= 3
+PGAI ?= 0.12.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check servers format clean
+.PHONY: help demo test soak bench bench-gpu check servers format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +34,13 @@ test: $(VENV)/.test servers ## every test; what this machine lacks is named at t
 
 soak: $(VENV)/.test servers ## random operations and faults for MINUTES=10, on every plugin; seed and violations at the end
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+bench: $(VENV)/.bench servers ## every benchmark that needs no GPU, some 20 minutes; ARGS=--quick for five; then the README's table
+	$(BIN)/python -m benchmarks all $(ARGS)
+	$(BIN)/python -m benchmarks table
+
+bench-gpu: $(VENV)/.bench ## the engine on a GPU that torch sees; no PostgreSQL
+	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 check: $(VENV)/.test ## formatting, lint, types, and which module may import what
 	$(BIN)/ruff format --check .
@@ -66,4 +75,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing cdc-embedder for its tests into $(VENV)"
 	@$(PIP) -c constraints.txt -e '.[demo,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo "installing what draws the benchmarks' plots into $(VENV)"
+	@$(PIP) -c constraints.txt -e '.[bench]'
+	@$(PIP) --no-deps --target build/pgai pgai==$(PGAI) || echo "pgai cannot be had here: it is left out"
 	@touch $@
