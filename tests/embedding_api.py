@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,13 +13,17 @@ from cdc_embedder.embedding.fake import fake_vector
 
 
 class Server(ThreadingHTTPServer):
-    """`texts` are those that were embedded, `keys` the Authorization headers that came."""
+    """`texts` are those that were embedded, `keys` the Authorization headers that came; `most_at_once` requests were
+    answered at one time, each of which takes `pause_s`."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         self.down = False
         self.texts: list[str] = []
         self.keys: set[str | None] = set()
+        self.pause_s = 0.0
+        self.at_once = self.most_at_once = 0
+        self.counting = threading.Lock()
 
 
 class Api(BaseHTTPRequestHandler):
@@ -31,6 +36,12 @@ class Api(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/embeddings"
         self.server.keys.add(self.headers["Authorization"])
+        with self.server.counting:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        time.sleep(self.server.pause_s)
+        with self.server.counting:
+            self.server.at_once -= 1
         if self.server.down:
             self._answer(503, {"error": {"message": "overloaded"}})
         elif any("poison" in text for text in body["input"]):

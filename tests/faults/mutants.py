@@ -46,8 +46,8 @@ MUTANTS = [
     mutant(
         "early acknowledgement: a key is done when it was embedded",
         "pipeline.py",
-        "            if await self._embed(batch):\n",
-        "            if await self._embed(batch):\n"
+        "            if await self._embed(batch, embedder):\n",
+        "            if await self._embed(batch, embedder):\n"
         "                self.settle(batch.lane, batch.pending.finish(batch.entries))\n"
         "                self.confirm()\n",
         _NOT_CONFIRMED,
@@ -55,9 +55,9 @@ MUTANTS = [
     ),
     mutant(
         "a row that could not be written counts as written",
-        "pipeline.py",
-        "batch.pending.finish(entry for index, entry in enumerate(entries) if index in done)",
-        "batch.pending.finish(entries)",
+        "writing.py",
+        "judged(batch, (entry for index, entry in enumerate(entries) if index in done))",
+        "judged(batch, entries)",
         _NOT_CONFIRMED,
         "assert not past(bench18, before)",
     ),
@@ -124,8 +124,8 @@ MUTANTS = [
     mutant(
         "the last batch is dropped on SIGTERM",
         "pipeline.py",
-        "            if await self._embed(batch):\n",
-        "            if await self._embed(batch) and not self._stopping.is_set():\n",
+        "            if await self._embed(batch, embedder):\n",
+        "            if await self._embed(batch, embedder) and not self._stopping.is_set():\n",
         SERVICE + "test_sigterm_finishes_the_batch_in_hand_and_nothing_is_done_twice[18-pgoutput]",
         "the batch in hand was dropped",
     ),
@@ -212,7 +212,8 @@ MUTANTS = [
             Edit(
                 "rows/writeback.py",
                 "      FROM held h\n    ON CONFLICT",
-                "      FROM (SELECT k.*, {sent} AS digest FROM sent k) h\n    ON CONFLICT",
+                "      FROM (SELECT k.*, hash_array_extended(k.vector::real[], 0) AS digest FROM sent k) h\n"
+                "    ON CONFLICT",
             ),
         ),
         _STALE_TEXT,

@@ -244,8 +244,8 @@ def test_our_sessions_have_a_name_and_time_limits(bench18: Bench) -> None:
         good_manners_until(bench18, service, lambda: True)
         assert assert_every_vector_is_of_its_text(bench18) == 5
     seen: dict[str, Any] = dict(bench18.admin.execute("SELECT name, value FROM seen").fetchall())
+    assert seen.pop("application_name").startswith("cdc-embedder write")
     assert seen == {
-        "application_name": "cdc-embedder write",
         "lock_timeout": "1s",
         "idle_in_transaction_session_timeout": "30s",
         "statement_timeout": "1min",

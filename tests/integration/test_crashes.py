@@ -98,10 +98,10 @@ async def test_what_another_service_left_with_the_model_is_suspected_and_ones_ow
     bench: Bench, session: Connection, column: EmbeddingColumn
 ) -> None:
     odd = ("é'\"\\", "NULL")
-    await crashes.note(session, bench.slot, "dead", column.id, [(("1",), ONE), (odd, TWO)])
-    await crashes.note(session, bench.slot, "dead", column.id, [(("2",), ONE), (odd, TWO)])
-    await crashes.note(session, bench.slot, "alive", column.id, [(("3",), ONE)])
-    await crashes.note(session, "another_slot", "other", column.id, [(("4",), ONE)])
+    await crashes.note(session, bench.slot, "dead", 1, column.id, [(("1",), ONE), (odd, TWO)])
+    await crashes.note(session, bench.slot, "dead", 1, column.id, [(("2",), ONE), (odd, TWO)])
+    await crashes.note(session, bench.slot, "alive", 1, column.id, [(("3",), ONE)])
+    await crashes.note(session, "another_slot", "other", 1, column.id, [(("4",), ONE)])
     for _ in range(2):
         found = await crashes.suspects(session, bench.slot, "alive")
         assert found == {column.id: {("2",): Suspect(ONE, False), odd: Suspect(TWO, False)}}
@@ -113,7 +113,7 @@ async def test_who_was_there_again_with_the_same_text_is_guilty_until_sentenced_
     bench: Bench, session: Connection, column: EmbeddingColumn
 ) -> None:
     async def dies(service: str, key: str, fingerprint: bytes) -> dict[Any, Suspect]:
-        await crashes.note(session, bench.slot, service, column.id, [((key,), fingerprint)])
+        await crashes.note(session, bench.slot, service, 1, column.id, [((key,), fingerprint)])
         return (await crashes.suspects(session, bench.slot, "next"))[column.id]
 
     assert await dies("first", "1", ONE) == {("1",): Suspect(ONE, False)}
@@ -133,8 +133,8 @@ async def test_a_key_that_two_services_left_is_suspected_once_and_a_column_that_
     bench: Bench, session: Connection, column: EmbeddingColumn
 ) -> None:
     for service in ("a", "b"):
-        await crashes.note(session, bench.slot, service, column.id, [(("1",), ONE), (("1",), ONE)])
-    await crashes.note(session, bench.slot, "c", column.id + 1, [(("1",), ONE)])
+        await crashes.note(session, bench.slot, service, 1, column.id, [(("1",), ONE), (("1",), ONE)])
+    await crashes.note(session, bench.slot, "c", 1, column.id + 1, [(("1",), ONE)])
     assert await crashes.suspects(session, bench.slot, "me") == {column.id: {("1",): Suspect(ONE, False)}}
     bench.admin.execute("DELETE FROM cdc_embedder.embedding_column")
     assert await crashes.suspects(session, bench.slot, "me") == {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from psycopg.types.json import Jsonb
 
+from tests.documents import make_documents
 from tests.embedding_api import api
 from tests.servers import Bench
 from tests.service import assert_every_vector_is_of_its_text, running, status, until, wait_caught_up
@@ -45,3 +47,21 @@ def test_an_http_service_embeds_its_outage_blames_no_row_and_its_refusal_one(ben
             assert stored is not None
             assert "poison" not in stored[0]
         assert server.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_as_many_requests_are_on_their_way_at_once_as_the_model_allows(bench18: Bench, at_once: int) -> None:
+    bench, admin = bench18, bench18.admin
+    with api() as server:
+        server.pause_s = 0.1
+        options = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "max_requests": at_once}
+        admin.execute(
+            "INSERT INTO cdc_embedder.model (name, backend, dimensions, options) VALUES ('api', 'openai', 8, %s)",
+            (Jsonb(options),),
+        )
+        make_documents(bench, 200, model="api")
+        with running(bench):
+            wait_caught_up(bench)
+            assert assert_every_vector_is_of_its_text(bench, model="api") == 200
+        assert server.most_at_once == at_once
+        assert len(server.texts) == 200, "no text twice"

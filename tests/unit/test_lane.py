@@ -38,6 +38,7 @@ COLUMN = EmbeddingColumn(
     partitioned=False,
     unlogged=False,
     published=True,
+    keys_only=False,
     fires_triggers=False,
     fires_always=False,
     refuses_updates=False,
@@ -215,3 +216,14 @@ def test_whatever_a_row_takes_the_size_settles_so_that_a_step_takes_its_time() -
             size.took(size.rows, size.rows * row_seconds)
         assert size.rows * row_seconds <= 0.25
         assert size.rows == 1024 or size.rows * row_seconds >= 0.1
+
+
+def test_a_part_of_a_step_makes_it_grow_as_a_full_one_does_and_no_less_rows_do() -> None:
+    size = Size(16, 1, 1024, 0.25, calls=True)
+    assert size.part(0.2) == 3
+    for _ in range(6):
+        size.took(size.part(0.2), 0.002, 0.2)
+    assert size.rows == 1024
+    small = Size(16, 1, 1024, 0.25, calls=True)
+    small.took(2, 0.002, 0.2)
+    assert (small.rows, Size(1, 1, 1024, 0.25).part(0.2)) == (16, 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cdc_embedder.errors import ProtocolError
 from cdc_embedder.lsn import LSN
-from cdc_embedder.wal.messages import Begin, Commit, Insert, Message, Origin, Relation, Update
+from cdc_embedder.wal.messages import Begin, Commit, Insert, Message, Origin, Relation, Skipped, Update
 from cdc_embedder.wal.pgoutput import LONGEST_KEY, PgOutputDecoder, options
 from tests.capture import CHANGES, ODD, meaning, payloads
 
@@ -112,20 +112,6 @@ def test_an_origin_is_told_by_name_inside_its_transaction(stem: str) -> None:
     assert meaning(messages[at + 1 :])[0][2]["id"] == "10"
 
 
-@pytest.mark.parametrize("stem", CAPTURES)
-def test_columns_that_nobody_wants_are_left_out(stem: str) -> None:
-    ids = PgOutputDecoder(lambda _: ["id"])
-    seen = set()
-    for message in decoded(stem, ids):
-        if isinstance(message, Insert | Update):
-            assert set(message.values) == {"id"} & set(message.relation.columns)
-            assert set(message.identity if isinstance(message, Update) else ()) <= {"id"}
-            seen |= set(message.values)
-    assert seen == {"id"}
-    all_columns = PgOutputDecoder(lambda _: None)
-    assert decoded(stem, all_columns) == decoded(stem)
-
-
 def test_null_unchanged_and_empty_are_three_things() -> None:
     decoder = PgOutputDecoder()
     decoder.decode(RELATION)
@@ -167,11 +153,51 @@ def test_a_row_that_does_not_fit_its_relation_stops_the_stream() -> None:
         decoder.decode(b"I\0\0\0\7N" + row(b"1", None))
 
 
-def test_a_binary_value_stops_the_stream() -> None:
+def binary(*values: bytes | None) -> bytes:
+    return row(*values).replace(b"t\0", b"b\0")
+
+
+@pytest.mark.parametrize(
+    ("type_oid", "sent", "text"),
+    [
+        (21, b"\x80\0", "-32768"),
+        (23, b"\xff\xff\xff\xff", "-1"),
+        (20, b"\x7f" + b"\xff" * 7, "9223372036854775807"),
+        (2950, bytes(range(240, 256)), "f0f1f2f3-f4f5-f6f7-f8f9-fafbfcfdfeff"),
+        (25, "é☃".encode(), "é☃"),
+        (1043, b"", ""),
+        (19, b"name", "name"),
+    ],
+)
+def test_a_binary_key_is_read_as_the_server_prints_it(type_oid: int, sent: bytes, text: str) -> None:
     decoder = PgOutputDecoder()
-    decoder.decode(RELATION)
-    with pytest.raises(ProtocolError, match="unknown kind"):
-        decoder.decode(b"I\0\0\0\7N\0\3b\0\0\0\1xnn")
+    decoder.decode(RELATION.replace(b"\0\0\0\x19", struct.pack("!I", type_oid), 1))
+    (update,) = decoder.decode(b"U\0\0\0\7K" + binary(sent, None, None) + b"N" + binary(sent, b"body", None))
+    assert update == Update(
+        Relation("public", "t", 7, "d", ("id", "body", "note"), ("id",)),
+        {"id": text, "body": "body", "note": None},
+        {"id": text},
+    )
+
+
+def test_a_binary_value_of_another_type_is_passed_over_and_nothing_else() -> None:
+    decoder = PgOutputDecoder()
+    decoder.decode(RELATION.replace(b"\0\0\0\x19", struct.pack("!I", 1700), 1))
+    (insert,) = decoder.decode(b"I\0\0\0\7N" + binary(b"whatever", b"body", None))
+    assert insert == Insert(TABLE, {"body": "body", "note": None})
+    (insert,) = decoder.decode(b"I\0\0\0\7N" + row(b"1.5", b"body", None))
+    assert insert == Insert(TABLE, {"id": "1.5", "body": "body", "note": None}), "a type without a binary form"
+
+
+def test_what_a_transaction_of_our_own_origin_changed_is_counted_and_not_read() -> None:
+    decoder = PgOutputDecoder(own_origins=["ours"])
+    begin, end = b"B" + bytes(20), b"C" + bytes(25)
+    changes = [RELATION, b"I\0\0\0\7N" + row(b"1", b"", b""), b"U\0\0\0\7N" + row(b"1", b"", b"")]
+    for origin in (b"O" + bytes(8) + b"theirs\0", b"O" + bytes(8) + b"ours\0", None):
+        told = [decoder.decode(payload) for payload in (begin, *([origin] if origin else []), *changes, end)]
+        kinds = [type(message) for (message,) in told]
+        read = [Skipped, Skipped] if origin and b"ours" in origin else [Insert, Update]
+        assert kinds == [Begin, *([Origin] if origin else []), Relation, *read, Commit]
 
 
 def test_a_value_that_is_no_text_stops_nothing_and_can_be_told_from_one_that_is() -> None:
