@@ -63,7 +63,7 @@ which spares the server most of what a row costs by itself. Not where a full bat
 LIVE_SECONDS = 1.0
 """For so long after a live change other work leaves a call of the model free, and takes small batches."""
 
-BESIDE_LIVE = 0.2
+BESIDE_LIVE = 0.1
 """The share of a full batch that is small."""
 
 RETRY_AHEAD = 3 * scan.PAGE
