@@ -95,18 +95,22 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
+def reached(cluster: Cluster, spec: ModelSpec) -> Embedder:
+    """The model in the cluster's actors, as soon as that answers."""
+    while True:
+        try:
+            return ray_embedder(spec, load_here)
+        except EmbedderDown:
+            assert cluster.running, "the head did not start"
+            time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def embedder(cluster: Cluster) -> Iterator[Embedder]:
     options = {"address": f"127.0.0.1:{cluster.port}", "actors": 2, "num_cpus": 0.5}
     fakes = {"exit": "deadly", "delay_per_text_s": 0.01}
     spec = ModelSpec("m", 8, backend="fake", options=options | fakes)
-    while True:
-        try:
-            embedder = ray_embedder(spec, load_here)
-            break
-        except EmbedderDown:
-            assert cluster.running, "the head did not start"
-            time.sleep(0.2)
+    embedder = reached(cluster, spec)
     yield embedder
     embedder.close()
 
@@ -167,7 +171,7 @@ def test_a_text_that_ends_the_actor_is_set_aside_and_its_neighbour_is_embedded(e
 @pytest.mark.usefixtures("embedder")
 def test_a_cluster_is_reached_through_the_ray_client_too(cluster: Cluster) -> None:
     options = {"address": f"ray://127.0.0.1:{cluster.client_port}", "actors": 1, "num_cpus": 0.25}
-    remote = ray_embedder(ModelSpec("m", 8, backend="fake", options=options), load_here)
+    remote = reached(cluster, ModelSpec("m", 8, backend="fake", options=options))
     try:
         assert remote.engine == "1 Ray actor: fake"
         np.testing.assert_array_equal(remote.embed(["a", "b"], NONE).vectors, right(["a", "b"]))
