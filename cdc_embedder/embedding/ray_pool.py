@@ -26,7 +26,8 @@ from cdc_embedder.embedding.base import Embedded, Embedder, InputType, ModelSpec
 from cdc_embedder.embedding.crossing import Failure, answer
 from cdc_embedder.embedding.modelrow import number_option
 from cdc_embedder.embedding.pool import Lost, Pool
-from cdc_embedder.embedding.workers import Load, WorkerPool
+from cdc_embedder.embedding.worker_process import Load
+from cdc_embedder.embedding.workers import WorkerPool
 from cdc_embedder.errors import EmbedderDown, ModelFault, Problem
 
 _log = logging.getLogger(__name__)
