@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 
 from cdc_embedder.embedding.fake import fake_vector
 
-PATIENCE_S = 60.0
+PATIENCE_S = float(os.environ.get("TESTS_PATIENCE_S", "150"))
 """How long a test waits for what must become true; nothing is asserted about how long it took."""
 
 
@@ -116,6 +118,39 @@ def until(true: Callable[[], object], otherwise: str, detail: Callable[[], objec
     while not true():
         assert time.monotonic() < deadline, f"{otherwise}\n{detail()}"
         time.sleep(0.05)
+
+
+@contextmanager
+def standby_gone(bench: Any) -> Iterator[None]:
+    """Commits wait for a standby that is not there, except where `synchronous_commit` is `local`."""
+    bench.admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    try:
+        bench.admin.execute("SELECT pg_reload_conf()")
+        until(lambda: _a_commit_waits(bench), "no commit ever waited for its standby")
+        yield
+    finally:
+        bench.admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        bench.admin.execute("SELECT pg_reload_conf()")
+
+
+def waiting_for_standby(bench: Any) -> list[int]:
+    """The sessions whose commits wait for a standby."""
+    return [pid for (pid,) in bench.admin.execute("SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")]
+
+
+def _a_commit_waits(bench: Any) -> bool:
+    """Commits begin to wait when the checkpointer has read the setting, which may be after sessions have."""
+    with psycopg.connect(bench.dsn_admin, autocommit=True) as session:
+        message = "SELECT pg_logical_emit_message(true, 'test', '')"
+        commit = threading.Thread(target=session.execute, args=(message,))
+        commit.start()
+        while commit.is_alive() and session.info.backend_pid not in waiting_for_standby(bench):
+            time.sleep(0.01)
+        waits = commit.is_alive()
+        while commit.is_alive():
+            bench.admin.execute("SELECT pg_cancel_backend(%s)", (session.info.backend_pid,))
+            commit.join(0.05)
+        return waits
 
 
 def status(bench: Any) -> list[dict[str, Any]]:

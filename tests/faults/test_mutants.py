@@ -50,12 +50,12 @@ def run(root: Path, test: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", test, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"],
         cwd=root,
-        env=environment | {"PYTHONPATH": str(root)},
+        env=environment | {"PYTHONPATH": str(root), "TESTS_PATIENCE_S": "60"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=200,
+        timeout=290,
     )
 
 

@@ -39,9 +39,11 @@ from tests.service import (
     assert_every_vector_is_of_its_text,
     confirmed,
     running,
+    standby_gone,
     status,
     until,
     wait_caught_up,
+    waiting_for_standby,
 )
 
 SOON = "cdc_embedder.pipeline.TRIAL_SECONDS=0.1"
@@ -172,21 +174,15 @@ def test_rule_2_a_change_that_is_decoded_and_not_visible_is_judged_when_it_is(be
     with running(bench18) as service:
         wait_caught_up(bench18)
         writer = psycopg.connect(bench18.dsn_admin, autocommit=True)
-        admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-        try:
-            admin.execute("SELECT pg_reload_conf()")
-            until(lambda: writer.execute("SHOW synchronous_standby_names").fetchone() == ("nobody",), "not set")
+        with standby_gone(bench18):
             commit = threading.Thread(
                 target=writer.execute, args=("UPDATE documents SET body = 'seen late' WHERE id = 1",)
             )
             commit.start()
-            until(lambda: one(bench18, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"), "no wait")
+            until(lambda: waiting_for_standby(bench18), "no wait")
             admin.execute("SET synchronous_commit = local")
             admin.execute("UPDATE documents SET body = 'seen at once' WHERE id = 2")
             until(lambda: holds_vector_of(bench18, 2, "seen at once"), "held up", lambda: service.log)
-        finally:
-            admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-            admin.execute("SELECT pg_reload_conf()")
         commit.join()
         writer.close()
         wait_caught_up(bench18)

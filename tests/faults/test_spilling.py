@@ -17,9 +17,11 @@ from tests.service import (
     assert_every_vector_is_of_its_text,
     confirmed,
     running,
+    standby_gone,
     status,
     until,
     wait_caught_up,
+    waiting_for_standby,
 )
 
 
@@ -194,20 +196,16 @@ def test_rule_2_a_spilled_key_is_not_judged_before_its_transaction_is_visible(be
             with psycopg.connect(bench.dsn_admin, autocommit=True) as writer:
                 writer.execute("UPDATE documents SET body = 'seen late' WHERE id = 1")
 
-        bench.admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-        bench.admin.execute("SELECT pg_reload_conf()")
-        try:
+        with standby_gone(bench):
             writer = threading.Thread(target=commit)
             writer.start()
+            until(lambda: waiting_for_standby(bench), "no wait")
             with bench.admin.transaction():
                 bench.admin.execute("SET LOCAL synchronous_commit = local")
                 until(lambda: backlog(bench) == 1, "never spilled", lambda: service.log)
             time.sleep(1.0)  # taken up, and not judged, several times
             assert backlog(bench) == 1
-        finally:
-            bench.admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-            bench.admin.execute("SELECT pg_reload_conf()")
-            writer.join()
+        writer.join()
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench) == 3
         assert backlog(bench) == 0

@@ -14,9 +14,11 @@ from tests.service import (
     assert_every_vector_is_of_its_text,
     confirmed,
     running,
+    standby_gone,
     status,
     until,
     wait_caught_up,
+    waiting_for_standby,
 )
 
 
@@ -139,38 +141,24 @@ def test_rule_2_a_row_that_is_decoded_but_not_visible_is_not_judged(bench: Any) 
     make_documents(bench, 3)
     with running(bench):
         wait_caught_up(bench)
-        bench.admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-        bench.admin.execute("SELECT pg_reload_conf()")
-        try:
-            with psycopg.connect(bench.dsn_admin, autocommit=True) as writer:
-                until(
-                    lambda: writer.execute("SHOW synchronous_standby_names").fetchone()[0] == "nobody",  # type: ignore[index]
-                    "the setting never arrived",
-                )
-                insert = "INSERT INTO documents (id, body) VALUES (100, 'waits for a standby')"
-                waiting = threading.Thread(target=writer.execute, args=(insert,))
-                waiting.start()
-                until(lambda: _waits_for_standby(bench), "the INSERT never waited for its standby")
-                bench.admin.execute("SET synchronous_commit = local")
-                bench.admin.execute("UPDATE documents SET body = 'later, and visible' WHERE id = 1")
-                until(
-                    lambda: 1 in _with_text(bench, "later, and visible"),
-                    "a later commit was held up by an invisible one",
-                )
-                assert bench.admin.execute("SELECT count(*) FROM documents WHERE id = 100").fetchone()[0] == 0
-                until(lambda: [row["pending"] for row in status(bench)] == [1], "the key was not kept")
-                bench.admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-                bench.admin.execute("SELECT pg_reload_conf()")
-                waiting.join()
-        finally:
-            bench.admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-            bench.admin.execute("SELECT pg_reload_conf()")
+        writer = psycopg.connect(bench.dsn_admin, autocommit=True)
+        with standby_gone(bench):
+            insert = "INSERT INTO documents (id, body) VALUES (100, 'waits for a standby')"
+            waiting = threading.Thread(target=writer.execute, args=(insert,))
+            waiting.start()
+            until(lambda: waiting_for_standby(bench), "the INSERT never waited for its standby")
+            bench.admin.execute("SET synchronous_commit = local")
+            bench.admin.execute("UPDATE documents SET body = 'later, and visible' WHERE id = 1")
+            until(
+                lambda: 1 in _with_text(bench, "later, and visible"),
+                "a later commit was held up by an invisible one",
+            )
+            assert bench.admin.execute("SELECT count(*) FROM documents WHERE id = 100").fetchone()[0] == 0
+            until(lambda: [row["pending"] for row in status(bench)] == [1], "the key was not kept")
+        waiting.join()
+        writer.close()
         wait_caught_up(bench)
         assert assert_every_vector_is_of_its_text(bench) == 4
-
-
-def _waits_for_standby(bench: Any) -> bool:
-    return bool(bench.admin.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'").fetchone()[0])
 
 
 def _with_text(bench: Any, text: str) -> set[int]:
