@@ -103,6 +103,8 @@ BEGIN
         EXECUTE format('SELECT min(b.first_lsn) FROM %s b', backlog) INTO first_lsn;
     END IF;
     RETURN first_lsn;
+EXCEPTION WHEN undefined_table THEN
+    RETURN NULL;  -- the column was removed while this waited for its lock
 END
 $$;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from decimal import Decimal
@@ -10,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.configuring import DOCUMENTS, Connection, configure, one
+from tests.configuring import DOCUMENTS, Connection, configure, one, wait_until_blocked
 from tests.servers import Bench
 
 
@@ -211,3 +212,20 @@ def test_a_reader_needs_the_view_and_its_function(installed: Bench, admin: Conne
         assert one(admin, "SELECT count(*) FROM cdc_embedder.failed") == 0
     finally:
         admin.execute(sql.SQL("RESET ROLE; DROP OWNED BY {0}; DROP ROLE {0}").format(role))
+
+
+def test_a_column_that_is_removed_while_somebody_looks_is_no_error(installed: Bench, admin: Connection) -> None:
+    """The reader waits for the lock of the transaction that removes it."""
+    admin.execute(DOCUMENTS)
+    id = configure(admin)
+    found: list[object] = []
+    with psycopg.connect(installed.dsn_admin, autocommit=True) as reader:
+        look = threading.Thread(
+            target=lambda: found.append(one(reader, "SELECT cdc_embedder._spilled_from(%s)", id)), daemon=True
+        )
+        with psycopg.connect(installed.dsn_admin) as remover:
+            remover.execute("SELECT cdc_embedder.remove_embedding_column('documents', 'embedding')")
+            look.start()
+            wait_until_blocked(admin, reader)
+        look.join()
+    assert found == [None]
