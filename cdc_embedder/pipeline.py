@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
 import psycopg
 
 from cdc_embedder import failpoints
@@ -26,7 +25,7 @@ from cdc_embedder.batch import Batch, Chunk
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import Embedder, InputType
-from cdc_embedder.embedding.isolation import embed_isolating
+from cdc_embedder.embedding.isolation import Outcome, embed_isolating
 from cdc_embedder.errors import ColumnFault, EmbedderDown, Problem, ServerGone, Temporary
 from cdc_embedder.following import Configuration
 from cdc_embedder.lane import Lane
@@ -35,7 +34,6 @@ from cdc_embedder.routing import Router
 from cdc_embedder.rows import scan
 from cdc_embedder.rows.fetch import Fetch, Verdict
 from cdc_embedder.rows.session import Connection, wait_until_flushed
-from cdc_embedder.rows.writeback import KILLED_THE_PROCESS, Write
 from cdc_embedder.scheduling import Candidate, Scheduler
 from cdc_embedder.suspecting import Watch
 from cdc_embedder.wal.stream import ReplicationStream
@@ -77,9 +75,6 @@ TRIAL_SECONDS = 5.0
 
 CLEAR_SECONDS = 0.1
 """After so long without a call of the model the note of the last one is removed."""
-
-HALF_LARGEST = 65504.0
-"""The greatest number that halfvec's elements can hold; only vectors that are not normalized come near it."""
 
 
 class Pipeline:
@@ -330,7 +325,7 @@ class Pipeline:
             await self.trouble(lane, from_database(error, f"reading {column.label}"))
             return None
         done, invisible, later = [], [], []
-        batch = Batch(lane, column, pending, [], [], chosen, [], np.empty((0, 0), np.float32), share=share)
+        batch = Batch(lane, column, pending, [], [], chosen, share=share)
         for entry, (snapshot, row) in zip(entries, read, strict=True):
             if entry.reason.xid is not None and not snapshot.sees(entry.reason.xid):
                 invisible.append(entry)
@@ -387,76 +382,42 @@ class Pipeline:
         return known[1]
 
     async def _embed(self, batch: Batch, embedder: Embedder) -> bool:
-        """Fill in writes and vectors; False where the embedder is down and the keys wait again."""
-        lane, column = batch.lane, batch.column
-        texts: list[str] = []
-        where: list[int] = []
-        errors: dict[int, str] = {}
-        for index, row in enumerate(batch.rows):
-            suspect = lane.suspects.get(batch.entries[index].key)
-            if suspect is not None and suspect.guilty:
-                errors[index] = KILLED_THE_PROCESS
-            elif row.verdict is Verdict.EMBED and row.text is None:
-                errors[index] = "the text cannot be converted to UTF-8"
-            elif row.verdict is Verdict.EMBED and row.text is not None:
-                try:
-                    texts.append(row.text.decode())
-                    where.append(index)
-                except UnicodeDecodeError as error:
-                    errors[index] = f"the text is not valid UTF-8 at byte {error.start}"
-        vectors = np.zeros((len(batch.rows), column.model.dimensions), dtype=np.float32)
-        truncated: set[int] = set()
+        """Fill in writes and vectors; False where the model could not be asked and the keys wait again."""
         started = now()
-        if texts:
-            if (
-                lane.embedder is not embedder
-                or lane.column.model != column.model
-                or lane.breaker.state(now()) == "open"
-            ):
-                batch.pending.give_back(batch.entries, now(), INVISIBLE_SECONDS)
-                return False
-            note = await self._watch.note(
-                column, [(batch.entries[n].key, batch.rows[n].fingerprint or b"") for n in where]
-            )
-            try:
-                outcome = await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
-            except EmbedderDown as problem:
-                self._down(batch, problem)
-                return False
-            except Problem as problem:
-                batch.pending.give_back(batch.entries, now(), RETRY_SECONDS)
-                await self._configuration.fail(lane, problem)
-                return False
-            finally:
-                self._watch.over(note)
-            vectors[where] = outcome.vectors
-            errors |= {where[index]: sentence for index, sentence in outcome.errors.items()}
-            if column.target is not None and column.target.kind == "halfvec":
-                beyond = np.abs(outcome.vectors).max(axis=1, initial=0) > HALF_LARGEST
-                errors |= {where[index]: "the vector does not fit into a halfvec" for index in np.flatnonzero(beyond)}
-            truncated = {where[index] for index in np.flatnonzero(outcome.truncated)}
+        texts, where, errors = batch.texts()
+        outcome = None
+        if texts and (outcome := await self._ask(batch, embedder, texts, where)) is None:
+            return False
         elapsed = now() - started
         self._scheduler.account(batch.chosen, elapsed + 1e-6 * len(batch.rows))
-        if texts:
+        if outcome is not None:
+            lane = batch.lane
             lane.embed_size.took(len(batch.entries), elapsed, batch.share)
             lane.breaker.succeeded()
             lane.trouble = ""
             failpoints.reached("embedded")
             if lane.suspects and (tried := [key for n in where if (key := batch.entries[n].key) in lane.suspects]):
                 await self._watch.acquit(lane, tried)
-        batch.writes = [
-            Write(
-                entry.key,
-                row.fingerprint or b"",
-                has_vector=row.verdict is Verdict.EMBED and index not in errors,
-                truncated=index in truncated,
-                keep=index in errors and row.failures == 0 and errors[index] is not KILLED_THE_PROCESS,
-                error=errors.get(index),
-            )
-            for index, (entry, row) in enumerate(zip(batch.entries, batch.rows, strict=True))
-        ]
-        batch.vectors = vectors
+        batch.decide(outcome, where, errors)
         return True
+
+    async def _ask(self, batch: Batch, embedder: Embedder, texts: list[str], where: list[int]) -> Outcome | None:
+        """The model's answer to the rows at `where`; None where there is none, and the keys wait again."""
+        lane, column = batch.lane, batch.column
+        if lane.embedder is not embedder or lane.column.model != column.model or lane.breaker.state(now()) == "open":
+            batch.pending.give_back(batch.entries, now(), INVISIBLE_SECONDS)
+            return None
+        note = await self._watch.note(column, [(batch.entries[n].key, batch.rows[n].fingerprint or b"") for n in where])
+        try:
+            return await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
+        except EmbedderDown as problem:
+            self._down(batch, problem)
+        except Problem as problem:
+            batch.pending.give_back(batch.entries, now(), RETRY_SECONDS)
+            await self._configuration.fail(lane, problem)
+        finally:
+            self._watch.over(note)
+        return None
 
     def _down(self, batch: Batch, problem: EmbedderDown) -> None:
         """Trouble of the device or the network: nothing is counted against a row; the column rests, its keys wait."""
