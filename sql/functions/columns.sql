@@ -105,7 +105,8 @@ AS $$
                'normalize', m.normalize, 'dtype', m.dtype,
                'options', m.options - '{base_url,api_key_env,max_requests,max_batch_rows,timeout_s,batch_tokens,address,actors,num_cpus,num_gpus,'
                             'delay_s,delay_per_text_s,down,exit}'::text[],
-               'source_columns', c.source_columns, 'separator', c.separator)
+               'source_columns', c.source_columns, 'separator', c.separator,
+               'template', cdc_embedder._template_parts(c.template, c.source_columns))
       FROM cdc_embedder.model m WHERE m.name = c.model
 $$;
 
@@ -169,6 +170,22 @@ BEGIN
 END
 $$;
 
+-- The vectors that were there when the column was configured are the model's own, says the user: the first scan takes
+-- over those of all rows that nobody has written since (scan.adoptable_before).
+CREATE OR REPLACE FUNCTION cdc_embedder._adopt(column_id int) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM cdc_embedder.scan s WHERE s.column_id = $1 AND s.finished_at IS NOT NULL) THEN
+        RAISE EXCEPTION 'on_existing = ''adopt'': the first scan of the column is over'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'Vectors are adopted by the first scan alone: remove the column, which leaves them in place, and configure it anew.';
+    END IF;
+    UPDATE cdc_embedder.generation g SET adopting = true WHERE g.column_id = $1 AND g.superseded_at IS NULL;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION cdc_embedder._after_insert() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -178,6 +195,9 @@ BEGIN
     VALUES (NEW.id, NEW.generation, cdc_embedder._settings(NEW));
     PERFORM cdc_embedder._make_ledger(NEW.id, true);
     PERFORM cdc_embedder._request_scan(NEW.id, 'first scan');
+    IF NEW.on_existing = 'adopt' THEN
+        PERFORM cdc_embedder._adopt(NEW.id);
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -202,6 +222,15 @@ BEGIN
         PERFORM cdc_embedder._request_scan(NEW.id, 'settings changed');
     ELSIF NEW.enabled AND NOT OLD.enabled THEN
         PERFORM cdc_embedder._request_scan(NEW.id, 'resumed');
+    END IF;
+    IF NEW.on_existing = 'adopt' AND OLD.on_existing <> 'adopt' THEN
+        PERFORM cdc_embedder._adopt(NEW.id);
+    ELSIF NEW.on_existing <> 'adopt' THEN
+        UPDATE cdc_embedder.generation g SET adopting = false WHERE g.column_id = NEW.id AND g.adopting;
+    END IF;
+    IF NEW.source_table <> OLD.source_table OR NOT same_database THEN
+        UPDATE cdc_embedder.generation g SET adopting = false WHERE g.column_id = NEW.id AND g.adopting;
+        UPDATE cdc_embedder.scan s SET adoptable_before = DEFAULT WHERE s.column_id = NEW.id;
     END IF;
     RETURN NULL;
 END

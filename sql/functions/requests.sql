@@ -16,7 +16,7 @@ $$;
 CREATE OR REPLACE FUNCTION cdc_embedder.add_embedding_column(
     source_table regclass, source_columns text[], target_column name, model text,
     when_stale text DEFAULT 'keep', separator text DEFAULT NULL, priority int DEFAULT 0, on_existing text DEFAULT 'ask',
-    keys_only boolean DEFAULT false)
+    keys_only boolean DEFAULT false, template text DEFAULT NULL, protect boolean DEFAULT false)
 RETURNS int
 LANGUAGE plpgsql SECURITY INVOKER
 SET search_path = pg_catalog, pg_temp
@@ -31,8 +31,9 @@ BEGIN
         EXECUTE format('ALTER TABLE %s ADD COLUMN %I %s', $1, $3, cdc_embedder._target_type(of_model.dimensions));
     END IF;
     INSERT INTO cdc_embedder.embedding_column AS c
-        (source_table, source_columns, target_column, model, when_stale, separator, priority, on_existing, keys_only)
-    VALUES ($1, $2, $3, $4, $5, coalesce($6, E'\n\n'), $7, $8, $9)
+        (source_table, source_columns, target_column, model, when_stale, separator, priority, on_existing, keys_only, template,
+         protect)
+    VALUES ($1, $2, $3, $4, $5, coalesce($6, E'\n\n'), $7, $8, $9, $10, $11)
     RETURNING c.id INTO made;
     RETURN made;
 EXCEPTION WHEN lock_not_available THEN
@@ -108,6 +109,21 @@ BEGIN
         PERFORM cdc_embedder._not_configured($1);
     END IF;
     RETURN columns;
+END
+$$;
+
+-- A slot that was given up beyond the limit on WAL may be made again; NULL: every one. Returns whether there was one.
+CREATE OR REPLACE FUNCTION cdc_embedder.take_slot_again(slot name DEFAULT NULL) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    slots int;
+BEGIN
+    DELETE FROM cdc_embedder.given_up g WHERE $1 IS NULL OR g.slot = $1;
+    GET DIAGNOSTICS slots = ROW_COUNT;
+    PERFORM pg_notify('cdc_embedder', 'slot');
+    RETURN slots > 0;
 END
 $$;
 

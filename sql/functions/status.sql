@@ -50,6 +50,28 @@ BEGIN
 END
 $$;
 
+-- Whether the slot is read, and through where it is confirmed. A slot on a standby cannot be seen from here: a lock of its
+-- service says that it is read, and the service's notes how far.
+CREATE OR REPLACE FUNCTION cdc_embedder._slot(slot name, OUT active boolean, OUT confirmed pg_lsn)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    SELECT s.active, s.confirmed_flush_lsn INTO active, confirmed
+      FROM pg_replication_slots s WHERE s.slot_name = slot AND s.database = current_database();
+    IF FOUND OR pg_is_in_recovery() OR NOT EXISTS (SELECT FROM cdc_embedder.standby_slot s WHERE s.slot = $1) THEN
+        RETURN;
+    END IF;
+    active := EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
+                       WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+                         AND (l.classid::int8 << 32 | l.objid::int8) = hashtextextended('cdc_embedder reads ' || slot, 0));
+    confirmed := (SELECT p.confirmed FROM cdc_embedder.progress p
+                   WHERE p.slot = $1 AND p.system_identifier = (SELECT c.system_identifier FROM pg_control_system() c)
+                     AND p.timeline = ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int
+                     AND p.database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()));
+END
+$$;
+
 -- State and reason, without a look at any row.
 CREATE OR REPLACE FUNCTION cdc_embedder._state(
     c cdc_embedder.embedding_column, said cdc_embedder.column_state, OUT state text, OUT reason text)
@@ -73,8 +95,12 @@ BEGIN
         state := 'error';
         reason := format('%s is another table than the one that was configured: cdc_embedder.resume(%L) takes the one of that name', stored, stored)
                   || coalesce(format(', cdc_embedder.resume(%L) keeps the old one', present), '');
-    ELSIF NOT EXISTS (SELECT FROM pg_replication_slots s
-                       WHERE s.slot_name = c.slot AND s.database = current_database() AND s.active) THEN
+    ELSIF EXISTS (SELECT FROM cdc_embedder.given_up g WHERE g.slot = c.slot) THEN
+        state := 'stopped';
+        reason := (SELECT format('the slot %s was given up at %s, when it held back %s of WAL: SELECT cdc_embedder.take_slot_again() has it made anew',
+                                 g.slot, g.at::timestamptz(0), pg_size_pretty(g.retained_bytes))
+                     FROM cdc_embedder.given_up g WHERE g.slot = c.slot);
+    ELSIF NOT coalesce((SELECT s.active FROM cdc_embedder._slot(c.slot) s), false) THEN
         state := 'stopped';
         reason := format('no service runs for slot %s', c.slot);
     ELSE
@@ -170,9 +196,10 @@ BEGIN
         circuit_breaker := said.circuit_breaker;
         engine := said.engine;
         spilled := cdc_embedder._spilled_from(c.id);
-        SELECT greatest(pg_wal_lsn_diff(present, s.confirmed_flush_lsn), 0)::bigint, least(s.confirmed_flush_lsn, spilled)
+        SELECT greatest(pg_wal_lsn_diff(present, s.confirmed), 0)::bigint,
+               CASE WHEN s.confirmed IS NOT NULL THEN least(s.confirmed, spilled) END
           INTO lag_bytes, embedded_through
-          FROM pg_replication_slots s WHERE s.slot_name = c.slot AND s.database = current_database();
+          FROM cdc_embedder._slot(c.slot) s;
         RETURN NEXT;
     END LOOP;
 END

@@ -4,7 +4,7 @@ CREATE OR REPLACE TRIGGER a_protect BEFORE UPDATE ON cdc_embedder.embedding_colu
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._protect();
 
 CREATE OR REPLACE TRIGGER b_validate
-    BEFORE INSERT OR UPDATE OF source_table, source_columns, separator, target_column, model, when_stale, slot, keys_only
+    BEFORE INSERT OR UPDATE OF source_table, source_columns, separator, template, target_column, model, when_stale, slot, keys_only, protect
     ON cdc_embedder.embedding_column
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._validate();
 
@@ -30,6 +30,27 @@ CREATE OR REPLACE TRIGGER after_update AFTER UPDATE ON cdc_embedder.embedding_co
 CREATE OR REPLACE TRIGGER unpublish AFTER DELETE OR UPDATE OF slot, source_table ON cdc_embedder.embedding_column
     FOR EACH ROW EXECUTE FUNCTION cdc_embedder._unpublish();
 
+CREATE OR REPLACE TRIGGER guards_a_made AFTER INSERT ON cdc_embedder.embedding_column
+    FOR EACH ROW WHEN (NEW.when_stale = 'clear' OR NEW.protect) EXECUTE FUNCTION cdc_embedder._make_guards();
+
+CREATE OR REPLACE TRIGGER guards_a_made_anew AFTER UPDATE ON cdc_embedder.embedding_column
+    FOR EACH ROW WHEN (OLD.when_stale <> NEW.when_stale OR OLD.protect <> NEW.protect OR OLD.source_table <> NEW.source_table
+        OR (OLD.source_columns <> NEW.source_columns AND OLD.source_attnums <> NEW.source_attnums)
+        OR (OLD.target_column <> NEW.target_column AND OLD.target_attnum <> NEW.target_attnum))
+    EXECUTE FUNCTION cdc_embedder._make_guards();
+
+CREATE OR REPLACE TRIGGER guards_b_set AFTER INSERT ON cdc_embedder.embedding_column
+    FOR EACH ROW WHEN (NEW.when_stale = 'clear' OR NEW.protect) EXECUTE FUNCTION cdc_embedder._set_guards();
+
+CREATE OR REPLACE TRIGGER guards_b_set_anew AFTER UPDATE ON cdc_embedder.embedding_column
+    FOR EACH ROW WHEN (OLD.when_stale <> NEW.when_stale OR OLD.protect <> NEW.protect OR OLD.source_table <> NEW.source_table
+        OR (OLD.source_columns <> NEW.source_columns AND OLD.source_attnums <> NEW.source_attnums)
+        OR (OLD.target_column <> NEW.target_column AND OLD.target_attnum <> NEW.target_attnum))
+    EXECUTE FUNCTION cdc_embedder._set_guards();
+
+CREATE OR REPLACE TRIGGER guards_gone AFTER DELETE ON cdc_embedder.embedding_column
+    FOR EACH ROW EXECUTE FUNCTION cdc_embedder._make_guards();
+
 CREATE OR REPLACE TRIGGER refuse_truncate BEFORE TRUNCATE ON cdc_embedder.embedding_column
     FOR EACH STATEMENT EXECUTE FUNCTION cdc_embedder._refuse_truncate();
 
@@ -47,4 +68,7 @@ CREATE OR REPLACE TRIGGER notify AFTER INSERT OR UPDATE OR DELETE ON cdc_embedde
 
 -- Not of the service's own notes on its progress.
 CREATE OR REPLACE TRIGGER notify AFTER INSERT OR UPDATE OF requested_at ON cdc_embedder.scan
+    FOR EACH STATEMENT EXECUTE FUNCTION cdc_embedder._notify();
+
+CREATE OR REPLACE TRIGGER notify AFTER UPDATE ON cdc_embedder.sql_embed
     FOR EACH STATEMENT EXECUTE FUNCTION cdc_embedder._notify();

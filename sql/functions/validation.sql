@@ -261,15 +261,6 @@ BEGIN
             USING ERRCODE = 'not_null_violation',
                   HINT = 'INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model) VALUES (''documents'', ''{body}'', ''embedding'', ''all-MiniLM-L6-v2'').';
     END IF;
-    IF c.when_stale = 'clear' THEN
-        RAISE EXCEPTION 'when_stale = ''clear'' is not built yet'
-            USING ERRCODE = 'feature_not_supported', HINT = 'Leave when_stale at ''keep''.';
-    END IF;
-    IF c.on_existing = 'adopt' THEN
-        RAISE EXCEPTION 'on_existing = ''adopt'' is not built yet'
-            USING ERRCODE = 'feature_not_supported',
-                  HINT = 'Use ''replace'' to have what the target holds embedded anew, or another target column.';
-    END IF;
     IF c.slot !~ '^[a-z0-9_]{1,63}$' THEN
         RAISE EXCEPTION '"%" cannot be the name of a replication slot', c.slot
             USING ERRCODE = 'invalid_name', HINT = 'Lower-case letters, digits and underscores, 63 at most.';
@@ -296,6 +287,71 @@ BEGIN
 END
 $$;
 
+-- A template's parts in order: text as a JSON string, a column as its place in `source_columns`, from 0; a name that is
+-- none of them, or a brace that stands alone, as null. {{ and }} are braces. NULL: no template.
+CREATE OR REPLACE FUNCTION cdc_embedder._template_parts(template text, source_columns text[]) RETURNS jsonb
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT CASE WHEN template IS NOT NULL THEN coalesce(jsonb_agg(
+               CASE WHEN p.part = '{{' THEN to_jsonb('{'::text)
+                    WHEN p.part = '}}' THEN to_jsonb('}'::text)
+                    WHEN p.part ~ '^\{.*\}$' THEN to_jsonb(array_position(source_columns, substr(p.part, 2, length(p.part) - 2)) - 1)
+                    WHEN p.part IN ('{', '}') THEN 'null'
+                    ELSE to_jsonb(p.part) END ORDER BY p.position), '[]') END
+      FROM (SELECT m[1] AS part, position
+              FROM regexp_matches(template, '(\{\{|\}\}|\{[^{}]*\}|[^{}]+|[{}])', 'g') WITH ORDINALITY AS r(m, position)) p
+$$;
+
+-- The template that has these parts, with other names for its columns.
+CREATE OR REPLACE FUNCTION cdc_embedder._template_of(parts jsonb, source_columns text[]) RETURNS text
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT string_agg(CASE jsonb_typeof(p.part)
+                          WHEN 'number' THEN '{' || source_columns[(p.part #>> '{}')::int + 1] || '}'
+                          ELSE replace(replace(p.part #>> '{}', '{', '{{'), '}', '}}') END, '' ORDER BY p.position)
+      FROM jsonb_array_elements(parts) WITH ORDINALITY AS p(part, position)
+$$;
+
+-- The columns that a template names, in the order of their first mention.
+CREATE OR REPLACE FUNCTION cdc_embedder._template_columns(template text) RETURNS text[]
+LANGUAGE sql IMMUTABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT array_agg(n.name ORDER BY n.first)
+      FROM (SELECT substr(m[1], 2, length(m[1]) - 2) AS name, min(position) AS first
+              FROM regexp_matches(template, '(\{\{|\}\}|\{[^{}]*\}|[^{}]+|[{}])', 'g') WITH ORDINALITY AS r(m, position)
+             WHERE m[1] ~ '^\{.*\}$' AND m[1] <> '{{' AND m[1] <> '}}'
+             GROUP BY 1) n
+$$;
+
+CREATE OR REPLACE FUNCTION cdc_embedder._check_template(template text, source_columns text[]) RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    parts jsonb := cdc_embedder._template_parts(template, source_columns);
+    unknown text := (SELECT min(n) FROM unnest(cdc_embedder._template_columns(template)) AS n WHERE n <> ALL (source_columns));
+    unused text := (SELECT min(n) FROM unnest(source_columns) AS n WHERE n <> ALL (coalesce(cdc_embedder._template_columns(template), '{}')));
+BEGIN
+    IF template IS NULL THEN
+        RETURN;
+    ELSIF unknown IS NOT NULL THEN
+        RAISE EXCEPTION 'the template names %, which is none of the source columns', quote_ident(unknown)
+            USING ERRCODE = 'undefined_column',
+                  HINT = format('They are: %s. A brace that is meant is written twice: {{ or }}.', array_to_string(source_columns, ', '));
+    ELSIF jsonb_path_exists(parts, '$[*] ? (@ == null)') THEN
+        RAISE EXCEPTION 'a brace of the template stands alone'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'A column is {name}; a brace that is meant is written twice: {{ or }}.';
+    ELSIF unused IS NOT NULL THEN
+        RAISE EXCEPTION 'the template does not name the source column %', quote_ident(unused)
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'Its changes would make every vector stale for nothing: name it in the template, or leave it out of source_columns.';
+    END IF;
+END
+$$;
+
 -- Columns are followed by number: where a name is as it was and the column was renamed, the new name is taken.
 CREATE OR REPLACE FUNCTION cdc_embedder._follow_renames(
     old cdc_embedder.embedding_column, INOUT new cdc_embedder.embedding_column)
@@ -313,6 +369,9 @@ BEGIN
       FROM unnest(old.source_attnums) WITH ORDINALITY AS s(attnum, position)
       JOIN pg_attribute a ON a.attrelid = old.source_table AND a.attnum = s.attnum AND NOT a.attisdropped;
     IF new.source_columns = old.source_columns AND cardinality(names) = cardinality(old.source_attnums) THEN
+        IF new.template = old.template AND names <> old.source_columns THEN
+            new.template := cdc_embedder._template_of(cdc_embedder._template_parts(old.template, old.source_columns), names);
+        END IF;
         new.source_columns := names;
     END IF;
     IF new.target_column = old.target_column THEN
@@ -336,12 +395,22 @@ BEGIN
     ELSE
         NEW.generation := 1;
     END IF;
+    IF NEW.source_columns IS NULL AND NEW.template IS NOT NULL THEN
+        NEW.source_columns := cdc_embedder._template_columns(NEW.template);
+    END IF;
     PERFORM cdc_embedder._check_options(NEW);
     -- FOR SHARE: a change of the model under way must not miss this column.
     SELECT * INTO of_model FROM cdc_embedder.model m WHERE m.name = NEW.model FOR SHARE;
     PERFORM cdc_embedder._check_table(NEW.source_table, NEW.id);
     PERFORM cdc_embedder._check_key(NEW.source_table, NEW.keys_only);
     NEW.source_attnums := cdc_embedder._check_sources(NEW.source_table, NEW.source_columns);
+    PERFORM cdc_embedder._check_template(NEW.template, NEW.source_columns);
+    IF NEW.when_stale = 'clear' AND EXISTS (
+            SELECT FROM pg_attribute a WHERE a.attrelid = NEW.source_table AND a.attnum = ANY (NEW.source_attnums) AND a.attgenerated <> '') THEN
+        RAISE EXCEPTION 'when_stale = ''clear'' cannot see a generated source column change'
+            USING ERRCODE = 'feature_not_supported',
+                  HINT = 'Name the columns that it is generated from, or leave when_stale at ''keep''.';
+    END IF;
     NEW.target_attnum := cdc_embedder._check_target(
         NEW.source_table, NEW.target_column, NEW.source_columns, of_model.name, of_model.dimensions);
     SELECT * INTO key FROM cdc_embedder._primary_key(NEW.source_table);
@@ -353,7 +422,10 @@ BEGIN
     SELECT d.oid, s.system_identifier INTO NEW.database_oid, NEW.system_identifier
       FROM pg_database d, pg_control_system() s WHERE d.datname = current_database();
     PERFORM cdc_embedder._notice_missing_rights(
-        NEW.source_table, NEW.key_attnums || NEW.source_attnums, NEW.target_attnum);
+        NEW.source_table,
+        -- -2 is xmin, which tells whether a row was written since (scan.adoptable_before)
+        NEW.key_attnums || NEW.source_attnums || CASE WHEN NEW.on_existing = 'adopt' THEN '{-2}'::int2[] ELSE '{}' END,
+        NEW.target_attnum);
     RETURN NEW;
 END
 $$;

@@ -42,6 +42,7 @@ CREATE TABLE cdc_embedder.embedding_column (
     source_table regclass NOT NULL,
     source_columns text[] NOT NULL,
     separator text NOT NULL DEFAULT E'\n\n',
+    template text,
     target_column name NOT NULL,
     model text NOT NULL REFERENCES cdc_embedder.model ON UPDATE CASCADE,
     when_stale text NOT NULL DEFAULT 'keep' CHECK (when_stale IN ('keep', 'clear')),
@@ -50,6 +51,7 @@ CREATE TABLE cdc_embedder.embedding_column (
     enabled boolean NOT NULL DEFAULT true,
     on_existing text NOT NULL DEFAULT 'ask' CHECK (on_existing IN ('ask', 'replace', 'adopt')),
     keys_only boolean NOT NULL DEFAULT false,
+    protect boolean NOT NULL DEFAULT false,
     source_schema name,
     source_name name,
     system_identifier bigint,
@@ -75,6 +77,7 @@ CREATE TABLE cdc_embedder.generation (
     generation int NOT NULL,
     settings jsonb NOT NULL,
     weights text,
+    adopting boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
     superseded_at timestamptz,
     PRIMARY KEY (column_id, generation)
@@ -83,6 +86,7 @@ CREATE TABLE cdc_embedder.generation (
 CREATE UNIQUE INDEX generation_current ON cdc_embedder.generation (column_id) WHERE superseded_at IS NULL;
 
 COMMENT ON TABLE cdc_embedder.generation IS 'every setting that decides a vector, numbered; the current one has superseded_at NULL and is locked FOR SHARE by each write-back';
+COMMENT ON COLUMN cdc_embedder.generation.adopting IS 'on_existing = adopt: vectors that are there count as this generation''s; false again after the first scan';
 COMMENT ON COLUMN cdc_embedder.generation.weights IS 'hub commit or SHA-256 of what the service loaded, set at the first load';
 
 CREATE TABLE cdc_embedder.scan (
@@ -98,11 +102,13 @@ CREATE TABLE cdc_embedder.scan (
     failed bigint,
     truncated bigint,
     unfinished jsonb,
-    storage bigint
+    storage bigint,
+    adoptable_before xid8 DEFAULT pg_snapshot_xmin(pg_current_snapshot())
 );
 
 COMMENT ON TABLE cdc_embedder.scan IS 'a scan is wanted when requested_at is later than finished_at; counted: the first scan that covers all rows is done (rule 10)';
 COMMENT ON COLUMN cdc_embedder.scan.unfinished IS 'where a pass that was broken off goes on: every row before its position was judged';
+COMMENT ON COLUMN cdc_embedder.scan.adoptable_before IS 'only older transactions had all ended when the column was configured: the vector of a row that a later one wrote may be that of the text it had before, and is not adopted';
 COMMENT ON COLUMN cdc_embedder.scan.storage IS 'hash of the files and partitions that the rows were in when last looked at; another one means rows that no event told of';
 
 CREATE UNLOGGED TABLE cdc_embedder.column_state (
@@ -173,5 +179,35 @@ CREATE UNLOGGED TABLE cdc_embedder.suspect (
 );
 
 COMMENT ON TABLE cdc_embedder.suspect IS 'keys that were with the model when the process died: they are tried alone; guilty: it died again then (rule 7)';
+
+CREATE TABLE cdc_embedder.sql_embed (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    enabled boolean NOT NULL DEFAULT false,
+    max_texts int NOT NULL DEFAULT 10000 CHECK (max_texts > 0),
+    max_bytes int NOT NULL DEFAULT 8388608 CHECK (max_bytes > 0),
+    max_texts_per_s int NOT NULL DEFAULT 5000 CHECK (max_texts_per_s > 0),
+    secret bytea NOT NULL
+);
+
+COMMENT ON TABLE cdc_embedder.sql_embed IS 'one row: whether SQL may ask for embeddings (the texts then enter the WAL), how much a request may hold, and how many texts a second all of them';
+COMMENT ON COLUMN cdc_embedder.sql_embed.secret IS 'signs requests: a logical message that somebody made without EXECUTE on embed is passed over';
+
+INSERT INTO cdc_embedder.sql_embed (secret)
+VALUES (sha256(convert_to(gen_random_uuid()::text || gen_random_uuid()::text, 'UTF8')));
+
+CREATE UNLOGGED TABLE cdc_embedder.answer (
+    id uuid PRIMARY KEY,
+    vectors real[],
+    dimensions int,
+    sqlstate text,
+    message text,
+    hint text,
+    made_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- Read once, within milliseconds: compressing it would take longer.
+ALTER TABLE cdc_embedder.answer ALTER COLUMN vectors SET STORAGE EXTERNAL;
+
+COMMENT ON TABLE cdc_embedder.answer IS 'answers to embed(): read by the session that asked, under an id that nobody else knows, and swept';
 
 INSERT INTO cdc_embedder.migration (version, name) VALUES (1, 'tables');
