@@ -1,3 +1,3 @@
 """A PostgreSQL column that fills itself with embeddings, fed by a logical replication slot."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -19,11 +19,21 @@ HALF_LARGEST = 65504.0
 """The greatest number that halfvec's elements can hold; only vectors that are not normalized come near it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """That rows of a batch went through a stage, and when, on the clock `time.monotonic`."""
+
+    name: str
+    began: float
+    ended: float
+    rows: int
+
+
 @dataclass(eq=False, slots=True)
 class Batch:
     """Rows of one column on their way, as it was configured when they were read. `alone`: no other call meanwhile.
 
-    `share`: of a full batch, that it was to be.
+    `share`: of a full batch, that it was to be. `unwritten`: rows that those who write have not had in hand yet.
     """
 
     lane: Lane
@@ -36,6 +46,9 @@ class Batch:
     vectors: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
     alone: bool = False
     share: float = 1.0
+    stages: list[Stage] = field(default_factory=list)
+    tokens: int = 0
+    unwritten: int = 0
 
     def texts(self) -> tuple[list[str], list[int], dict[int, str]]:
         """What the model is to be asked, for which rows, and why not for others that have a text."""

@@ -13,6 +13,7 @@ from typing import Any
 from psycopg.rows import dict_row
 
 from cdc_embedder.embedding.base import ModelSpec
+from cdc_embedder.identifiers import join_plain
 from cdc_embedder.rows.session import Connection
 
 
@@ -57,6 +58,7 @@ class EmbeddingColumn:
     key: tuple[KeyColumn, ...]
     sources: tuple[str, ...]
     separator: str
+    template: tuple[str | int, ...] | None
     target: Target | None
     model: ModelSpec
     generation: int
@@ -85,22 +87,34 @@ class EmbeddingColumn:
         return self.stored_name != (self.schema, self.table)
 
 
+@dataclass(frozen=True, slots=True)
+class SqlEmbed:
+    """The row of `cdc_embedder.sql_embed`, as far as it concerns the service."""
+
+    enabled: bool
+    secret: bytes
+    max_texts_per_s: int
+
+
 _COLUMNS = """
+WITH ours AS MATERIALIZED (SELECT oid FROM pg_proc WHERE pronamespace = 'cdc_embedder'::regnamespace)
 SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_name,
        (SELECT o.oid::int8 FROM pg_class o JOIN pg_namespace m ON m.oid = o.relnamespace
          WHERE (m.nspname, o.relname) = (c.source_schema, c.source_name)) AS named_oid,
        c.source_table::text AS shown, n.nspname AS schema, t.relname AS table,
        t.relkind, t.relpersistence, t.relhasrules,
-       c.separator, c.generation, c.enabled, c.on_existing, c.priority, to_jsonb(m) AS model,
+       c.separator, cdc_embedder._template_parts(c.template, c.source_columns) AS template,
+       c.generation, c.enabled, c.on_existing, c.priority, to_jsonb(m) AS model,
        (SELECT jsonb_agg(jsonb_build_object(
-                   'name', a.attname, 'text', b.typname IN ('text','varchar','bpchar','citext')) ORDER BY s.position)
+                   'name', a.attname, 'text', cdc_embedder._is_text_like(a.atttypid)) ORDER BY s.position)
           FROM unnest(c.source_attnums) WITH ORDINALITY AS s(attnum, position)
-          JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = s.attnum AND NOT a.attisdropped
-          JOIN pg_type b ON b.oid = cdc_embedder._base_type(a.atttypid)) AS sources,
+          JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = s.attnum AND NOT a.attisdropped) AS sources,
        cardinality(c.source_attnums) AS source_count,
        (SELECT jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
-                                  'oid', a.atttypid::int8, 'typmod', a.atttypmod, 'kind', y.typname,
-                                  'element', e.typname)
+                                  'oid', a.atttypid::int8, 'typmod', a.atttypmod, 'element', e.typname,
+                                  -- not any type that is only called so
+                                  'kind', coalesce((SELECT y.typname
+                                                      FROM cdc_embedder._vector_type(a.atttypid, a.atttypmod)), ''))
           FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
           LEFT JOIN pg_type e ON e.oid = y.typelem AND y.typlen = -1
          WHERE a.attrelid = t.oid AND a.attnum = c.target_attnum AND NOT a.attisdropped) AS target,
@@ -143,10 +157,12 @@ SELECT c.id, c.source_table::oid::int8 AS table_oid, c.source_schema, c.source_n
                 WHERE b.pubname = c.slot AND r.prrelid = t.oid) AS published,
        EXISTS (SELECT FROM pg_trigger g
                 WHERE (g.tgrelid = t.oid OR g.tgrelid IN (SELECT relid FROM pg_partition_tree(t.oid)))
-                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('O', 'A')) AS fires_triggers,
+                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('O', 'A')
+                  AND g.tgfoid NOT IN (SELECT oid FROM ours)) AS fires_triggers,
        EXISTS (SELECT FROM pg_trigger g
                 WHERE (g.tgrelid = t.oid OR g.tgrelid IN (SELECT relid FROM pg_partition_tree(t.oid)))
-                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('R', 'A')) AS fires_always
+                  AND NOT g.tgisinternal AND g.tgtype & 16 <> 0 AND g.tgenabled IN ('R', 'A')
+                  AND g.tgfoid NOT IN (SELECT oid FROM ours)) AS fires_always
   FROM cdc_embedder.embedding_column c
   JOIN cdc_embedder.model m ON m.name = c.model
   LEFT JOIN pg_class t ON t.oid = c.source_table
@@ -163,6 +179,16 @@ async def load(connection: Connection, slot: str) -> list[EmbeddingColumn]:
     cursor = connection.cursor(row_factory=dict_row)
     await cursor.execute(_COLUMNS, (slot,))
     return [_column(row) for row in await cursor.fetchall()]
+
+
+async def offered(connection: Connection) -> tuple[dict[str, ModelSpec], SqlEmbed]:
+    """Every model by name, and on which terms SQL may ask for vectors."""
+    cursor = await connection.execute(
+        "SELECT coalesce((SELECT jsonb_object_agg(m.name, to_jsonb(m)) FROM cdc_embedder.model m), '{}'),"
+        "       e.enabled, e.secret, e.max_texts_per_s FROM cdc_embedder.sql_embed e"
+    )
+    [(models, *terms)] = await cursor.fetchall()
+    return {name: model_spec(row) for name, row in models.items()}, SqlEmbed(*terms)
 
 
 def model_spec(row: Mapping[str, Any]) -> ModelSpec:
@@ -187,6 +213,7 @@ def _column(row: Mapping[str, Any]) -> EmbeddingColumn:
         ),
         sources=tuple(source["name"] for source in row["sources"] or []),
         separator=row["separator"],
+        template=None if row["template"] is None else tuple(row["template"]),
         target=target,
         model=model,
         generation=row["generation"],
@@ -218,8 +245,9 @@ def _fault(row: Mapping[str, Any], target: Target | None, model: ModelSpec) -> s
     if row["table"] is None:
         return f"the table {row['source_schema']}.{row['source_name']} was dropped; remove the column"
     if row["named_oid"] not in (None, row["table_oid"]):
-        name = f"{row['source_schema']}.{row['source_name']}"
-        return f"{name} is another table than the one that was configured; SELECT cdc_embedder.resume('{name}')"
+        name = join_plain([row["source_schema"], row["source_name"]])
+        called = name.replace("'", "''")
+        return f"{name} is another table than the one that was configured; SELECT cdc_embedder.resume('{called}')"
     if not row["key"]:
         return f"{row['shown']} has no usable primary key any more; add one"
     if row["beyond_list"]:

@@ -8,14 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, LiteralString
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cdc_embedder import __version__
+from cdc_embedder.commands import (
+    Config,
+    Device,
+    Dsn,
+    Json,
+    ReplicationDsn,
+    Slot,
+    ask,
+    err,
+    operating,
+    out,
+    read_settings,
+    table_and_column,
+)
 from cdc_embedder.errors import Problem
 
 app = typer.Typer(
@@ -25,22 +36,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(markup=False, emoji=False, highlight=False)
-err = Console(markup=False, emoji=False, highlight=False, stderr=True, soft_wrap=True)
+migrate = typer.Typer(help="Come here from another system.", no_args_is_help=True)
+app.add_typer(operating)
+app.add_typer(migrate, name="migrate")
 
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings [env: CDC_EMBEDDER_CONFIG].")]
-Dsn = Annotated[str | None, typer.Option(help="libpq conninfo or URI [env: CDC_EMBEDDER_DSN; empty: libpq's own].")]
-Slot = Annotated[str | None, typer.Option(help="Replication slot [env: CDC_EMBEDDER_SLOT; default cdc_embedder].")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Sample = Annotated[int, typer.Option(min=1, help="Rows that are compared, drawn by chance.")]
+Threshold = Annotated[float, typer.Option(min=-1.0, max=1.0, help="The least cosine of stored and fresh vector.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def main() -> None:
-    """Run the command line; a Problem becomes one sentence on standard error and exit status 1."""
+    """Run the command line; a Problem becomes one sentence on standard error and exit status 1, and so does a bug."""
     try:
         app()
     except Problem as problem:
         err.print(f"cdc-embedder: {problem.sentence}")
+        sys.exit(1)
+    except Exception as error:
+        from cdc_embedder.running import frames_of
+
+        err.print(f"cdc-embedder: a bug, please report it: {frames_of(error)}")
         sys.exit(1)
 
 
@@ -63,20 +78,21 @@ def init(
     published_everywhere: Annotated[
         bool, typer.Option(help="Install although a FOR ALL TABLES publication would publish our tables too.")
     ] = False,
+    pgml: Annotated[bool, typer.Option("--pgml", help="Also install PostgresML's names, in the schema pgml.")] = False,
 ) -> None:
     """Install or upgrade the schema cdc_embedder and make the (empty) publication; the slot is made by `run`."""
     from cdc_embedder.install import install
 
-    settings = _settings(config, dsn=dsn, slot=slot)
+    settings = read_settings(config, dsn=dsn, slot=slot)
     for sentence in install(settings.dsn.get_secret_value(), settings.slot, owner=owner,
-                            published_everywhere=published_everywhere):  # fmt: skip
+                            published_everywhere=published_everywhere, pgml=pgml):  # fmt: skip
         out.print(sentence, soft_wrap=True)
 
 
 @app.command()
 def run(
     dsn: Dsn = None,
-    replication_dsn: Annotated[str | None, typer.Option(help="Where the slot is read, if elsewhere.")] = None,
+    replication_dsn: ReplicationDsn = None,
     slot: Slot = None,
     output_plugin: Annotated[str | None, typer.Option(help="auto, wal2json or pgoutput, for a new slot.")] = None,
     max_pending_keys: Annotated[int | None, typer.Option(help="Keys held in memory.")] = None,
@@ -84,10 +100,18 @@ def run(
     writers: Annotated[int | None, typer.Option(help="Sessions that write vectors at once.")] = None,
     scan_period_s: Annotated[float | None, typer.Option(help="Every row is compared so often, seconds.")] = None,
     wal_sender_timeout_s: Annotated[float | None, typer.Option(help="Silence that ends a connection, seconds.")] = None,
-    http: Annotated[str | None, typer.Option(help="Where health is served: host:port, or off.")] = None,
+    wal_warn_bytes: Annotated[int | None, typer.Option(help="WAL held back that is worth a warning.")] = None,
+    wal_alarm_bytes: Annotated[int | None, typer.Option(help="WAL held back that is worth an error.")] = None,
+    wal_limit_bytes: Annotated[int | None, typer.Option(help="WAL held back at which the slot is given up.")] = None,
+    wal_limit_then: Annotated[str | None, typer.Option(help="After that: wait, or renew.")] = None,
+    auto_migrate: Annotated[bool | None, typer.Option(help="Bring an older schema up to date.")] = None,
+    http: Annotated[str | None, typer.Option(help="Where HTTP is served: host:port, or off.")] = None,
+    http_max_bytes: Annotated[int | None, typer.Option(help="Largest request over HTTP, bytes.")] = None,
+    sql_embed: Annotated[bool | None, typer.Option(help="Let SQL ask for vectors: cdc_embedder.embed.")] = None,
+    traces: Annotated[bool | None, typer.Option(help="OpenTelemetry spans, one a batch.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    device: Device = None,
     allow_remote_code: Annotated[bool | None, typer.Option(help="Let models run code of their own.")] = None,
     api_key_envs: Annotated[str | None, typer.Option(help="Variables that models may take keys from.")] = None,
     base_urls: Annotated[str | None, typer.Option(help="URL prefixes that models may call.")] = None,
@@ -95,7 +119,7 @@ def run(
 ) -> None:
     """Run the service in the foreground until SIGTERM or SIGINT."""
     flags = {name: value for name, value in locals().items() if name != "config"}
-    settings = _settings(config, **flags)
+    settings = read_settings(config, **flags)
     from cdc_embedder import logs
     from cdc_embedder.running import frames_of, run_until_signalled
 
@@ -117,8 +141,18 @@ def add(
     target: Annotated[str, typer.Argument(help="The column that shall hold the vector; added if missing.")],
     model: Annotated[str, typer.Option(help="A row of cdc_embedder.model.")] = "all-MiniLM-L6-v2",
     priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
-    on_existing: Annotated[str, typer.Option(help="Vectors that are there already: ask or replace.")] = "ask",
+    on_existing: Annotated[
+        str, typer.Option(help="Vectors that are there already: ask, replace, or adopt (unchecked; see `adopt`).")
+    ] = "ask",
     keys_only: Annotated[bool, typer.Option("--keys-only", help="Publish the key columns alone.")] = False,
+    separator: Annotated[str | None, typer.Option(help="Between several source columns; a blank line.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="How the text is made of the columns: '{title}: {body}'.")
+    ] = None,
+    when_stale: Annotated[
+        str, typer.Option(help="keep the old vector until the new one is there, or clear it.")
+    ] = "keep",
+    protect: Annotated[bool, typer.Option("--protect", help="Refuse the application's own writes to it.")] = False,
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
@@ -129,13 +163,16 @@ def add(
     if len(names) != 1:
         raise Problem(f"{target} is not the name of a column", hint="the table is an argument of its own")
     if on_existing not in ("ask", "replace", "adopt"):
-        raise Problem(f"{on_existing} is nothing to do with vectors that are there already", hint="ask or replace")
+        raise Problem(f"{on_existing} is nothing to do with vectors that are there", hint="ask, replace or adopt")
+    if when_stale not in ("keep", "clear"):
+        raise Problem(f"{when_stale} is nothing to do with a vector whose text changed", hint="keep or clear")
     statement = (
         "SELECT cdc_embedder.add_embedding_column($1::regclass, $2, $3, $4, priority => $5, on_existing => $6,"
-        " keys_only => $7) AS id"
+        " keys_only => $7, separator => $8, template => $9, when_stale => $10, protect => $11) AS id"
     )
-    found = _ask(_settings(config, dsn=dsn), "adding the column", statement,
-                 (table, columns, names[0], model, priority, on_existing, keys_only))  # fmt: skip
+    found = ask(read_settings(config, dsn=dsn), "adding the column", statement,
+                 (table, columns, names[0], model, priority, on_existing, keys_only, separator, template, when_stale,
+                  protect))  # fmt: skip
     out.print(f"column {found['id']}: {table}.{target} will hold the vectors of {source} by {model}", soft_wrap=True)
 
 
@@ -146,61 +183,50 @@ def remove(
     config: Config = None,
 ) -> None:
     """Stop filling a column; its vectors stay."""
-    table, target = _table_and_column(column)
-    _ask(_settings(config, dsn=dsn), "removing the column",
+    table, target = table_and_column(column)
+    ask(read_settings(config, dsn=dsn), "removing the column",
          "SELECT cdc_embedder.remove_embedding_column($1::regclass, $2)", (table, target))  # fmt: skip
     out.print(f"{column} is not filled any more; its vectors stay", soft_wrap=True)
 
 
 @app.command()
-def reconcile(
-    table: Annotated[str | None, typer.Argument(help="[SCHEMA.]TABLE; every configured table where not given.")] = None,
+def adopt(
+    column: Annotated[str, typer.Argument(help="[SCHEMA.]TABLE.COLUMN, quoted as in SQL; a configured column.")],
+    sample: Sample = 100,
+    threshold: Threshold = 0.99,
+    device: Device = None,
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
-    """Have the service compare every row with the ledger, and embed what differs."""
-    found = _ask(_settings(config, dsn=dsn), "requesting a scan",
-                 "SELECT cdc_embedder.reconcile($1::regclass) AS columns", (table,))  # fmt: skip
-    out.print(f"a scan of {found['columns']} column(s) is requested")
+    """Keep the vectors that a column holds: a sample is compared with the model's, then the service takes them over."""
+    from cdc_embedder.adopting import adopt as adopt_column
+
+    table, target = table_and_column(column)
+    for sentence in adopt_column(read_settings(config, dsn=dsn, device=device), table, target, sample, threshold):
+        out.print(sentence, soft_wrap=True)
 
 
-@app.command()
-def verify(
+@migrate.command()
+def pgml(
     columns: Annotated[
-        list[str] | None, typer.Argument(help="[SCHEMA.]TABLE.COLUMN, quoted as in SQL; every column where not given.")
+        list[str] | None, typer.Argument(help="[SCHEMA.]TABLE.COLUMN, quoted as in SQL; every one where not given.")
     ] = None,
-    as_json: Json = False,
-    wait: Annotated[bool, typer.Option("--wait", help="First wait for the service to embed what is pending.")] = False,
-    sample: Annotated[
-        int | None, typer.Option(min=1, help="Recompute so many rows a column, drawn by chance, instead of all.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Do it; without this the plan is shown.")] = False,
+    sample: Sample = 100,
+    threshold: Threshold = 0.99,
+    device: Device = None,
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
-    """Recompute stored vectors and compare; exit status 1 if any is missing, stale or wrong."""
-    from cdc_embedder import verifying
+    """Turn generated columns that call pgml.embed into columns that the service fills; their vectors stay."""
+    from cdc_embedder.migrating import migrate as migrate_columns
 
-    names = [_table_and_column(name) for name in columns or []]
-    settings = _settings(config, dsn=dsn, device=device)
-    with verifying.progress_bar(err) as advance:
-        reports = verifying.verify(settings, names, wait=wait, sample=sample, advance=advance)
-    verifying.print_reports(reports, out, as_json=as_json)
-    if not all(report.good for report in reports):
+    names = [table_and_column(name) for name in columns or []]
+    settings = read_settings(config, dsn=dsn, device=device)
+    done = migrate_columns(settings, names, apply=apply, size=sample, threshold=threshold,
+                           show=lambda sentence: out.print(sentence, soft_wrap=True))  # fmt: skip
+    if not done:
         sys.exit(1)
-
-
-@app.command()
-def status(
-    as_json: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second until interrupted.")] = False,
-    dsn: Dsn = None,
-    config: Config = None,
-) -> None:
-    """Show how every configured column is doing."""
-    from cdc_embedder import status as view
-
-    view.show(_settings(config, dsn=dsn).dsn.get_secret_value(), out, as_json=as_json, watch=watch)
 
 
 @app.command()
@@ -213,14 +239,14 @@ def embed(
         str, typer.Option(help="Which prompt goes before the text: none, query or document.")
     ] = "none",
     as_json: Json = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
+    device: Device = None,
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
     """Embed texts here and now, and print the vectors."""
     from cdc_embedder.searching import embed_texts
 
-    vectors = embed_texts(_settings(config, dsn=dsn, device=device), model, texts, input_type)
+    vectors = embed_texts(read_settings(config, dsn=dsn, device=device), model, texts, input_type)
     if as_json:
         print(json.dumps(vectors))
         return
@@ -234,15 +260,15 @@ def search(
     question: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many rows.")] = 10,
     as_json: Json = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
+    device: Device = None,
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
     """Find the rows whose vectors are nearest to the question's."""
     from cdc_embedder.searching import print_found, search_column
 
-    table, target = _table_and_column(column)
-    found = search_column(_settings(config, dsn=dsn, device=device), table, target, question, k)
+    table, target = table_and_column(column)
+    found = search_column(read_settings(config, dsn=dsn, device=device), table, target, question, k)
     print_found(found, out, as_json=as_json)
 
 
@@ -259,13 +285,20 @@ def demo(
 
 
 @app.command()
-def uninstall(yes: Yes = False, dsn: Dsn = None, slot: Slot = None, config: Config = None) -> None:
+def uninstall(
+    yes: Yes = False,
+    dsn: Dsn = None,
+    replication_dsn: ReplicationDsn = None,
+    slot: Slot = None,
+    config: Config = None,
+) -> None:
     """Remove slot, publication, origins and schema; tables and their vectors stay."""
     from cdc_embedder.uninstall import uninstall as remove_all
     from cdc_embedder.uninstall import uninstall_plan
 
-    settings = _settings(config, dsn=dsn, slot=slot)
-    plan = uninstall_plan(settings.dsn.get_secret_value(), settings.slot)
+    settings = read_settings(config, dsn=dsn, replication_dsn=replication_dsn, slot=slot)
+    standby = settings.replication_dsn.get_secret_value() if settings.replication_dsn is not None else None
+    plan = uninstall_plan(settings.dsn.get_secret_value(), settings.slot, standby)
     if not plan:
         out.print("nothing to remove")
         return
@@ -273,33 +306,5 @@ def uninstall(yes: Yes = False, dsn: Dsn = None, slot: Slot = None, config: Conf
         out.print(sentence, soft_wrap=True)
     if not yes and not typer.confirm("Remove all this?"):
         raise typer.Exit(1)
-    for sentence in remove_all(settings.dsn.get_secret_value(), settings.slot):
+    for sentence in remove_all(settings.dsn.get_secret_value(), settings.slot, standby):
         out.print(sentence, soft_wrap=True)
-
-
-def _settings(config: Path | None, **flags: Any) -> Any:
-    from cdc_embedder.settings import load
-
-    return load(config, **flags)
-
-
-def _ask(settings: Any, doing: str, statement: LiteralString, parameters: Sequence[Any]) -> dict[str, Any]:
-    """The row of one statement in the operator's own name and search path; notices are shown. Raises Problem."""
-    from cdc_embedder.asking import session
-
-    def show(notice: Any) -> None:
-        err.print(". ".join(filter(None, (notice.message_primary, notice.message_hint))))
-
-    with session(settings.dsn.get_secret_value(), "cli", doing) as connection:
-        connection.add_notice_handler(show)
-        [row] = connection.execute(statement, parameters).fetchall()
-    return row
-
-
-def _table_and_column(name: str) -> tuple[str, str]:
-    from cdc_embedder.identifiers import join, split
-
-    parts = split(name)
-    if not 2 <= len(parts) <= 3:
-        raise Problem(f"{name} is not of the form [SCHEMA.]TABLE.COLUMN")
-    return join(parts[:-1]), parts[-1]

@@ -45,12 +45,17 @@ _MAY_CONNECT = (
 """What another host of the list, or the same one, may get over."""
 
 
-def from_database(error: psycopg.Error, doing: str) -> Problem:
-    """Translate the driver's `error`, met while `doing` something, by its SQLSTATE."""
+def from_database(error: psycopg.Error, doing: str, *, of_rows: bool = False) -> Problem:
+    """Translate the driver's `error`, met while `doing` something, by its SQLSTATE.
+
+    `of_rows`: a statement on the user's rows met it. Then only words that cannot hold a value of a row are passed on.
+    """
     state = error.sqlstate
     primary = error.diag.message_primary or (str(error).splitlines() or ["no message"])[0]
-    message = f"{doing}: {primary}"
     hint = error.diag.message_hint or ""
+    if of_rows and _may_quote_a_row(error):
+        primary, hint = f"a constraint, a conversion or a function of the database failed with SQLSTATE {state}", ""
+    message = f"{doing}: {primary}"
     if state is None:
         said = str(error)
         if any(words in said for words in _NEVER_CONNECTS) and not any(words in said for words in _MAY_CONNECT):
@@ -74,3 +79,16 @@ def from_database(error: psycopg.Error, doing: str) -> Problem:
     if state in _COLUMN:
         return ColumnFault(message, hint=hint, sqlstate=state)
     return Problem(message, hint=hint, sqlstate=state)
+
+
+def _may_quote_a_row(error: psycopg.Error) -> bool:
+    """What a function raised, and what was said inside one, may hold anything; so may what a conversion failed on.
+
+    Not where a name was not found, whose statement is the function's own.
+    """
+    state, said = error.sqlstate or "", error.diag
+    if said.source_function == "exec_stmt_raise" or state.startswith(("P0", "38", "39", "44")):
+        return True
+    if state.startswith("22") and state != "22000":  # 22000 is pgvector's: other dimensions
+        return True
+    return bool(said.context) and state not in _NOT_FOUND

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import psycopg
 
@@ -20,13 +20,14 @@ from cdc_embedder.embedding.base import ModelSpec
 from cdc_embedder.embedding.registry import Embedders
 from cdc_embedder.errors import ColumnFault, ModelFault, Problem, Temporary
 from cdc_embedder.lane import HEAL_SECONDS, Lane
+from cdc_embedder.metering import Meters
 from cdc_embedder.pending import Key, Pending
 from cdc_embedder.routing import Route
 from cdc_embedder.rows import backlog, requests, scan
 from cdc_embedder.rows.crashes import Suspect
 from cdc_embedder.rows.requests import ScanRequest
 from cdc_embedder.rows.session import Connection, one
-from cdc_embedder.watermark import Watermark
+from cdc_embedder.watermark import Position, Watermark
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Configuration:
     """The lanes of one connection, kept as the configuration table and the catalog say.
 
     `changed` is called after every look; `covers(column)` says whether the stream delivers the table's changes now
-    (None: it will be told soon).
+    (None: it will be told soon). `offer` is told at every look which models there are, and on which terms SQL may ask
+    for vectors.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Configuration:
         covers: Callable[[EmbeddingColumn], bool | None],
         scan_period_s: float,
         suspects: Mapping[int, dict[Key, Suspect]],
+        offer: Callable[[dict[str, ModelSpec], catalog.SqlEmbed], None],
+        meters: Meters,
     ) -> None:
         self._connection = connection
         self._slot = slot
@@ -65,6 +69,8 @@ class Configuration:
         self._covers = covers
         self._scan_period_s = scan_period_s
         self._suspects = suspects
+        self._offer = offer
+        self._meters = meters
         self._doubt = ""
         self._loads: set[asyncio.Task[None]] = set()
         self._looking = asyncio.Lock()
@@ -96,15 +102,17 @@ class Configuration:
     async def _reload(self) -> None:
         columns = {column.id: column for column in await catalog.load(self._connection, self._slot)}
         scans = await requests.scans(self._connection)
+        self._offer(*await catalog.offered(self._connection))
         for id in [id for id in self.lanes if id not in columns]:
             lane = self.lanes.pop(id)
             log.info("%s is not configured any more", lane.column.label)
-            lane.forget()
+            self._forget(lane)
+            self._release(lane.route.missed)
         for column in columns.values():
             try:
                 await self._refresh(column, scans.get(column.id, ScanRequest()))
             except psycopg.Error as error:
-                problem = from_database(error, f"preparing {column.label}")
+                problem = from_database(error, f"preparing {column.label}", of_rows=True)
                 if isinstance(problem, Temporary):
                     raise
                 await self.fail(self.lanes[column.id], problem)
@@ -130,7 +138,6 @@ class Configuration:
         lane.fault = lane.last_error = problem.sentence
         lane.fault_until = self._now() + HEAL_SECONDS
         await self._stop_serving(lane)
-        self._changed()
 
     async def missed(self, lane: Lane, reason: str) -> None:
         """Changes of the column may have been missed: scan it, under a snapshot that the stream covers."""
@@ -141,25 +148,30 @@ class Configuration:
     async def _missed_keys(self, lane: Lane) -> None:
         positions, lane.route.missed[:] = list(lane.route.missed), []
         await self.missed(lane, "changes arrived without the key as it is now")
-        for position in positions:
-            self.watermark.release(position)
+        self._release(positions)
 
     async def _refresh(self, column: EmbeddingColumn, request: ScanRequest) -> None:
         lane = self.lanes.get(column.id)
         if lane is None:
             pending = Pending(self.watermark)
             route = Route(column.table_oid, column.relations, tuple(key.name for key in column.key), pending)
-            lane = self.lanes[column.id] = Lane(column, pending, route)
+            lane = self.lanes[column.id] = Lane(column, pending, route, meter=self._meters.column(column.label))
             lane.suspects.update(self._suspects.get(column.id, {}))
             lane.scan.rows, lane.scan.null, lane.scan.current, lane.scan.failed, lane.scan.truncated = request.counts
-        before = lane.column
-        if before != column:
-            lane.column = column  # the same object otherwise: statements are kept by it
         lane.scan.wanted, lane.scan.counted = request.wanted, request.counted
         lane.scan.due = self._now() + self._scan_period_s - request.age_s
+        before = lane.column
+        if lane.served and (before.key, before.sources, before.target) != (column.key, column.sources, column.target):
+            # The keys that wait are of another shape; or names were swapped, and until now another column was used.
+            # First of all: what takes keys meanwhile must find them, the column and the model as they belong together.
+            await self._stop_serving(lane)
+        if before != column:
+            lane.column = column  # the same object otherwise: statements are kept by it
+            if before.model != column.model:
+                lane.embedder = None
         await self._decide(lane, before, request)
         if lane.served:
-            self._load(lane, before.model)
+            self._load(lane)
             await self._look_at_storage(lane, request)
 
     async def _look_at_storage(self, lane: Lane, request: ScanRequest) -> None:
@@ -190,9 +202,6 @@ class Configuration:
         if not column.enabled:
             await self._stop_serving(lane)
             return
-        if lane.served and (before.key, before.sources, before.target) != (column.key, column.sources, column.target):
-            # The keys that wait are of another shape; or names were swapped, and until now another column was used.
-            await self._stop_serving(lane)
         if not lane.served:
             await self._start_serving(lane, request)
         elif (before.schema, before.table) != (column.schema, column.table) and self._plugin == "wal2json":
@@ -207,11 +216,12 @@ class Configuration:
         lane.paused = ""
         if column.on_existing == "ask" and not request.started and await scan.holds_vectors(self._connection, column):
             lane.paused = (
-                "the target column holds vectors already: set on_existing to 'replace' to have them embedded anew"
+                "the target column holds vectors already: set on_existing to 'replace' to have them embedded anew, or"
+                " to 'adopt' to keep them, if they are this model's (cdc-embedder adopt compares a sample first)"
             )
             return
-        lane.forget()
         lane.backlog = await backlog.count(self._connection, column)
+        lane.forget()
         lane.route.key = tuple(key.name for key in column.key)
         lane.barrier = None
         lane.served = True
@@ -223,7 +233,17 @@ class Configuration:
             await requests.want_scan(self._connection, [lane.column.id], "the column was not served")
             lane.cast_doubt()
         lane.served, lane.covered = False, None
+        self._forget(lane)
+
+    def _forget(self, lane: Lane) -> None:
+        """Nothing more is put on the waiting list of a lane that is not served, and what is there goes."""
+        self._changed()
         lane.forget()
+
+    def _release(self, positions: Iterable[Position]) -> None:
+        """Changes whose keys could not be told hold the watermark no longer."""
+        for position in positions:
+            self.watermark.release(position)
 
     async def _unusable(self, lane: Lane, reason: str) -> None:
         """Rule 11: a table that lost its identity is taken out of the publication at once."""
@@ -284,9 +304,7 @@ class Configuration:
             return "cdc-embedder init: the publication is gone"
         return await requests.publish(self._connection, self._slot, column)
 
-    def _load(self, lane: Lane, before: ModelSpec) -> None:
-        if lane.column.model != before:
-            lane.embedder = None
+    def _load(self, lane: Lane) -> None:
         if lane.embedder is None and not lane.loading and lane.breaker.state(self._now()) != "open":
             lane.loading = True
             task = asyncio.create_task(self._load_model(lane, lane.column))

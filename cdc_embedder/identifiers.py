@@ -35,3 +35,11 @@ def split(text: str, separator: str = ".") -> list[str]:
 def join(parts: Sequence[str]) -> str:
     """The parts as one quoted name."""
     return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
+
+
+def join_plain(parts: Sequence[str]) -> str:
+    """A name for people: quoted only where SQL would want it."""
+    return ".".join(
+        part if part == part.lower() and part.replace("_", "a").isalnum() and not part[0].isdigit() else join([part])
+        for part in parts
+    )

@@ -16,7 +16,16 @@ from psycopg.rows import TupleRow
 from cdc_embedder.conninfo import pinned
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.errors import Misconfigured
-from cdc_embedder.installable import Connection, advice, check_publications, check_server, check_slot, scalar
+from cdc_embedder.installable import (
+    EMBED_SUFFIX,
+    LONGEST_EMBED_SLOT,
+    Connection,
+    advice,
+    check_publications,
+    check_server,
+    check_slot,
+    scalar,
+)
 
 REAPPLIED = (
     "functions/catalog.sql",
@@ -24,6 +33,10 @@ REAPPLIED = (
     "functions/publication.sql",
     "functions/columns.sql",
     "functions/requests.sql",
+    "functions/vectors.sql",
+    "functions/embed.sql",
+    "functions/search.sql",
+    "functions/freshness.sql",
     "functions/status.sql",
     "functions/privileges.sql",
     "functions/triggers.sql",
@@ -81,15 +94,17 @@ def schema_version(conn: Connection) -> int:
     return int(scalar(conn, "SELECT coalesce(max(version), 0) FROM cdc_embedder.migration"))
 
 
-def install(dsn: str, slot: str, *, owner: str | None = None, published_everywhere: bool = False) -> list[str]:
+def install(
+    dsn: str, slot: str, *, owner: str | None = None, published_everywhere: bool = False, pgml: bool = False
+) -> list[str]:
     """Install or update; returns what was done, a sentence each. Repeatable, in one transaction.
 
-    `owner` is the service's role, for a superuser who installs for it. Raises Misconfigured where the server, a
-    publication or the slot's name stand in the way.
+    `owner` is the service's role, for a superuser who installs for it; `pgml`: with PostgresML's names. Raises
+    Misconfigured where the server, a publication or the slot's name stand in the way.
     """
     try:
         with connect(dsn, "init") as conn:
-            return _install(conn, slot, owner, published_everywhere)
+            return _install(conn, slot, owner, published_everywhere, pgml)
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             f"installing cdc_embedder: {error.diag.message_primary}",
@@ -100,7 +115,21 @@ def install(dsn: str, slot: str, *, owner: str | None = None, published_everywhe
         raise from_database(error, "installing cdc_embedder") from error
 
 
-def _install(conn: Connection, slot: str, owner: str | None, published_everywhere: bool) -> list[str]:
+def upgrade(dsn: str) -> list[str]:
+    """Bring the schema that is installed up to date, as its owner; returns what was done. Raises Problem."""
+    try:
+        with connect(dsn, "upgrade") as conn:
+            _lock(conn)
+            found = schema_version(conn)
+            if found >= package_version():
+                return []
+            done = _become_owner(conn, None) + _apply(conn, found)
+            return done + _apply_pgml(conn) if has_pgml(conn) else done
+    except psycopg.Error as error:
+        raise from_database(error, "bringing the schema up to date") from error
+
+
+def _install(conn: Connection, slot: str, owner: str | None, published_everywhere: bool, pgml: bool) -> list[str]:
     check_server(conn)
     check_slot(conn, slot)
     _lock(conn)
@@ -114,9 +143,13 @@ def _install(conn: Connection, slot: str, owner: str | None, published_everywher
         )
     done = _become_owner(conn, owner)
     done += _apply(conn, found)
+    if pgml or has_pgml(conn):
+        done += _apply_pgml(conn)
     done += _store_slot(conn, slot)
     conn.execute("RESET ROLE")
     done += _make_publication(conn, slot)
+    if len(slot) <= LONGEST_EMBED_SLOT:
+        done += _make_publication(conn, slot + EMBED_SUFFIX)
     done = done or [f"nothing to do: version {found} of the schema is installed, the publication {slot} exists"]
     return done + advice(conn)
 
@@ -165,6 +198,32 @@ def _apply(conn: Connection, found: int) -> list[str]:
     return done
 
 
+def has_pgml(conn: Connection) -> bool:
+    """Whether there is a schema pgml and it is ours."""
+    return bool(
+        scalar(
+            conn,
+            "SELECT starts_with(obj_description(to_regnamespace('pgml'), 'pg_namespace'), 'cdc-embedder') IS TRUE",
+        )
+    )
+
+
+def _apply_pgml(conn: Connection) -> list[str]:
+    """The schema pgml, owned by the schema's owner as whom this runs; the file says why where it cannot be."""
+    made = not has_pgml(conn)
+    if scalar(conn, "SELECT to_regnamespace('pgml') IS NULL"):
+        role = scalar(conn, "SELECT current_user")
+        conn.execute("RESET ROLE")
+        conn.execute(sql.SQL("CREATE SCHEMA pgml AUTHORIZATION {}").format(sql.Identifier(role)))
+        conn.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(role)))
+        conn.execute("COMMENT ON SCHEMA pgml IS 'cdc-embedder'")
+    before = _definitions(conn)
+    _run(conn, sql_dir() / "pgml.sql")
+    if made:
+        return ["made the schema pgml"]
+    return ["renewed the schema pgml"] if _definitions(conn) != before else []
+
+
 def _run(conn: Connection, path: Path) -> None:
     conn.execute(path.read_bytes())
 
@@ -172,8 +231,9 @@ def _run(conn: Connection, path: Path) -> None:
 def _definitions(conn: Connection) -> TupleRow | None:
     """What re-applying can change, to tell an update from a repetition."""
     return conn.execute(
-        "SELECT (SELECT array_agg(pg_get_functiondef(oid) ORDER BY oid) FROM pg_proc"
-        "         WHERE pronamespace = 'cdc_embedder'::regnamespace),"
+        "SELECT (SELECT array_agg(CASE prokind WHEN 'a' THEN oid::regprocedure::text ELSE pg_get_functiondef(oid) END"
+        "                         ORDER BY oid)"
+        "          FROM pg_proc WHERE pronamespace IN ('cdc_embedder'::regnamespace, to_regnamespace('pgml'))),"
         "       (SELECT array_agg(pg_get_triggerdef(t.oid) ORDER BY t.oid) FROM pg_trigger t"
         "          JOIN pg_class c ON c.oid = t.tgrelid"
         "         WHERE c.relnamespace = 'cdc_embedder'::regnamespace AND NOT t.tgisinternal),"

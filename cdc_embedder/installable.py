@@ -17,6 +17,11 @@ Connection = psycopg.Connection[TupleRow]
 
 OLDEST_SERVER = 14
 
+EMBED_SUFFIX = "_embed"
+"""What the names of the slot and the publication for requests from SQL end in, after the name of the service's slot."""
+
+LONGEST_EMBED_SLOT = 63 - len(EMBED_SUFFIX)
+
 
 def check_server(conn: Connection) -> None:
     if conn.info.server_version < OLDEST_SERVER * 10000:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from cdc_embedder.breaker import Breaker
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.embedding.base import Embedder
+from cdc_embedder.metering import ColumnMeter
 from cdc_embedder.pending import Key, Pending, Work
 from cdc_embedder.routing import Route
 from cdc_embedder.rows.crashes import Suspect
@@ -114,9 +115,8 @@ class Lane:
     scan: ScanProgress = field(default_factory=ScanProgress)
     embed_size: Size = field(default_factory=lambda: Size(16, 1, 1024, BATCH_SECONDS, calls=True))
     write_size: Size = field(default_factory=lambda: Size(256, 16, 1024, LOCK_SECONDS))
-    embedded: int = 0
-    cleared: int = 0
-    rejected: int = 0
+    failed_rows: int = 0
+    meter: ColumnMeter = field(default_factory=ColumnMeter)
     last_error: str = ""
 
     @property

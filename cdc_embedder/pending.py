@@ -65,6 +65,11 @@ class Entry:
     wished: bool = False
     tries: int = 0
 
+    @property
+    def committed_at(self) -> float | None:
+        """When the oldest change committed that it stands for (seconds since 1970); None where that is not known."""
+        return None if self.reason.position is None else self.reason.position.at
+
 
 @dataclass(frozen=True, slots=True)
 class Spill:

@@ -17,11 +17,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import psycopg
 
 from cdc_embedder import failpoints
-from cdc_embedder.batch import Batch, Chunk
+from cdc_embedder.batch import Batch, Chunk, Stage
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import Embedder, InputType
@@ -29,7 +30,9 @@ from cdc_embedder.embedding.isolation import Outcome, embed_isolating
 from cdc_embedder.errors import ColumnFault, EmbedderDown, Problem, ServerGone, Temporary
 from cdc_embedder.following import Configuration
 from cdc_embedder.lane import Lane
+from cdc_embedder.metering import Meters
 from cdc_embedder.pending import Entry, Key, Work
+from cdc_embedder.querying import Queries
 from cdc_embedder.routing import Router
 from cdc_embedder.rows import scan
 from cdc_embedder.rows.fetch import Fetch, Verdict
@@ -37,6 +40,9 @@ from cdc_embedder.rows.session import Connection, wait_until_flushed
 from cdc_embedder.scheduling import Candidate, Scheduler
 from cdc_embedder.suspecting import Watch
 from cdc_embedder.wal.stream import ReplicationStream
+
+if TYPE_CHECKING:
+    from cdc_embedder.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +65,7 @@ GATHER_SECONDS = 0.005
 which spares the server most of what a row costs by itself. Not where a full batch waits."""
 
 LIVE_SECONDS = 1.0
-"""For so long after a live change other work leaves a call of the model free, and takes small batches."""
+"""For so long after a live change or a query other work leaves a call of the model free, and takes small batches."""
 
 BESIDE_LIVE = 0.1
 """The share of a full batch that is small."""
@@ -72,6 +78,10 @@ RETRY_POLL_SECONDS = 5.0
 
 TRIAL_SECONDS = 5.0
 """How long the model has been loaded before suspects are tried, alone: what kills us every few seconds is not a row."""
+
+STUCK_SECONDS = 120.0
+"""After so long without progress, though there is work and nobody to wait for, the process is of no use any more.
+Longer than a statement may take."""
 
 CLEAR_SECONDS = 0.1
 """After so long without a call of the model the note of the last one is removed."""
@@ -89,12 +99,18 @@ class Pipeline:
         fetcher: Connection,
         writers: int,
         watch: Watch,
+        queries: Queries,
+        meters: Meters,
+        tracing: Tracing | None,
         max_pending: int,
     ) -> None:
         self._configuration = configuration
         self._fetcher = fetcher
         self._writers = writers
         self._watch = watch
+        self._queries = queries
+        self.meters = meters
+        self._tracing = tracing
         self._trial = False
         self._live_until = 0.0
         self._judged = False
@@ -114,6 +130,8 @@ class Pipeline:
         self.to_write: asyncio.PriorityQueue[tuple[int, int, Chunk | None]] = asyncio.PriorityQueue(maxsize=4)
         self._chunks = itertools.count()
         self.stream: ReplicationStream | None = None
+        self.progressed = now()
+        """When something was last read, embedded or written."""
 
     @property
     def lanes(self) -> list[Lane]:
@@ -147,11 +165,31 @@ class Pipeline:
         self._judged = True
         self.settle(batch.lane, batch.pending.finish(entries))
 
+    def done_with(self, batch: Batch, rows: int) -> None:
+        """So many rows of a batch were written, or given back."""
+        batch.unwritten -= rows
+        if self._tracing is not None and batch.unwritten <= 0:
+            self._tracing.batch(batch)
+
     def written(self) -> None:
         """Something was written, or given back."""
+        self.progressed = now()
         self.confirm()
         self.room.set()
         self._work.set()
+
+    def stuck(self) -> bool:
+        """Whether a key could be judged, nothing is with a model, and nothing has moved for STUCK_SECONDS.
+
+        A model may take as long as it likes, and a statement as long as the session lets it.
+        """
+        if self._calls.total() or now() - self.progressed < STUCK_SECONDS:
+            return False
+        return any(
+            lane.ready(now()) and lane.embedder is not None and not self._queries.busy(lane.embedder)
+            for lane in self.lanes
+            if any(lane.pending.waiting(work) for work in Work)
+        )
 
     async def confirming(self, connection: Connection) -> None:
         """For ever: tell the stream how far the slot may be confirmed."""
@@ -235,12 +273,15 @@ class Pipeline:
         """Texts to vectors in a worker thread."""
         try:
             if await self._embed(batch, embedder):
-                start, rows = 0, batch.lane.write_size.rows
+                start, rows, batch.unwritten = 0, batch.lane.write_size.rows, len(batch.writes)
                 while start < len(batch.writes):
                     chunk = Chunk(batch, slice(start, start + rows))
                     await self.to_write.put((batch.chosen.work, next(self._chunks), chunk))
                     start += rows
+            else:
+                self.done_with(batch, 0)
         finally:
+            self.progressed = now()
             self._calls -= Counter((embedder,))
             self._patient -= Counter({embedder: int(batch.chosen.work is not Work.LIVE)})
             self._ended.set()
@@ -252,17 +293,25 @@ class Pipeline:
             await self._watch.clear()
 
     async def retry(self, connection: Connection) -> None:
-        """For ever: put failed rows on the waiting list again when their time has come."""
+        """For ever: count failed rows, and put them on the waiting list again when their time has come."""
         while True:
             await asyncio.sleep(RETRY_POLL_SECONDS)
             for lane in self.lanes:
-                if not lane.ready(now()) or lane.pending.unfinished(Work.REPAIR) >= RETRY_AHEAD:
+                if not lane.served:
                     continue
+                column = lane.column
                 try:
-                    due = await scan.due(connection, lane.column, scan.PAGE)
+                    lane.failed_rows = await scan.failed(connection, column)
+                    if not lane.ready(now()) or lane.pending.unfinished(Work.REPAIR) >= RETRY_AHEAD:
+                        continue
+                    due = await scan.due(connection, column, scan.PAGE)
                 except psycopg.Error as error:
-                    await self.trouble(lane, from_database(error, f"looking for failed rows of {lane.column.label}"))
+                    await self.trouble(
+                        lane, from_database(error, f"looking for failed rows of {column.label}", of_rows=True)
+                    )
                     continue
+                if lane.column is not column:
+                    continue  # the key may be another one
                 for key in due:
                     lane.pending.want(key, Work.REPAIR, now())
                 if due:
@@ -274,11 +323,13 @@ class Pipeline:
         for id, lane in self._configuration.lanes.items():
             if not lane.ready(present) or lane.embedder is None:
                 continue
+            if self._queries.busy(lane.embedder):
+                continue
             at_once = 1 if lane.breaker.state(present) == "half-open" else lane.embedder.concurrency
             if self._calls[lane.embedder] >= at_once:
                 continue
             lane.pending.wake(present)
-            crowd = self._patient[lane.embedder] >= max(1, at_once - 1) and present < self._live_until
+            crowd = self._patient[lane.embedder] >= max(1, at_once - 1) and self._urgent(present)
             may = (Work.LIVE,) if crowd else Work
             candidates += [
                 Candidate(id, work, lane.column.priority)
@@ -290,6 +341,10 @@ class Pipeline:
             self._live_until = present + LIVE_SECONDS
             self._configuration.lanes[chosen.column].next_live = present + GATHER_SECONDS  # type: ignore[index]
         return chosen
+
+    def _urgent(self, present: float) -> bool:
+        """Whether somebody waits, or did a moment ago."""
+        return present < max(self._live_until, self._queries.latest + LIVE_SECONDS)
 
     @staticmethod
     def _gathers(lane: Lane, present: float) -> bool:
@@ -311,21 +366,26 @@ class Pipeline:
 
     async def _judge(self, lane: Lane, chosen: Candidate) -> Batch | None:
         column, pending = lane.column, lane.pending
-        share = BESIDE_LIVE if chosen.work is not Work.LIVE and now() < self._live_until else 1.0
+        share = BESIDE_LIVE if chosen.work is not Work.LIVE and self._urgent(now()) else 1.0
         limit = lane.embed_size.part(share)
         if lane.breaker.state(now()) == "half-open":
             limit = 1
         entries = pending.take(chosen.work, limit, now())
         if not entries:
             return None
+        began = now()
         try:
             read = await self._fetch_of(column).rows([entry.key for entry in entries])
         except psycopg.Error as error:
+            lane.meter.retried += len(entries)
             pending.give_back(entries, now(), RETRY_SECONDS)
-            await self.trouble(lane, from_database(error, f"reading {column.label}"))
+            await self.trouble(lane, from_database(error, f"reading {column.label}", of_rows=True))
             return None
+        self.meters.stages["fetching"] += now() - began
+        self.progressed = now()
         done, invisible, later = [], [], []
         batch = Batch(lane, column, pending, [], [], chosen, share=share)
+        batch.stages.append(Stage("fetching", began, now(), len(entries)))
         for entry, (snapshot, row) in zip(entries, read, strict=True):
             if entry.reason.xid is not None and not snapshot.sees(entry.reason.xid):
                 invisible.append(entry)
@@ -342,6 +402,8 @@ class Pipeline:
                 e.key for e, (_, r) in zip(entries, read, strict=True) if r.verdict is Verdict.DONE and not r.failures
             ]
             await self._try_suspects(batch, current)
+        lane.meter.unchanged += len(done)
+        lane.meter.retried += len(invisible)
         self.settle(lane, pending.finish(done))
         self._judged = True
         pending.give_back(later, now())
@@ -407,12 +469,20 @@ class Pipeline:
         if lane.embedder is not embedder or lane.column.model != column.model or lane.breaker.state(now()) == "open":
             batch.pending.give_back(batch.entries, now(), INVISIBLE_SECONDS)
             return None
+        meter, began = self.meters.model(column.model.name), now()
         note = await self._watch.note(column, [(batch.entries[n].key, batch.rows[n].fingerprint or b"") for n in where])
         try:
-            return await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
+            outcome = await asyncio.to_thread(embed_isolating, embedder, column.model, texts, InputType.DOCUMENT)
+            batch.stages.append(Stage("embedding", began, now(), len(texts)))
+            batch.tokens = outcome.tokens
+            self.meters.called(column.model.name, len(texts), outcome.tokens, outcome.spent, began, now())
+            return outcome
         except EmbedderDown as problem:
+            meter.errors += 1
             self._down(batch, problem)
         except Problem as problem:
+            meter.errors += 1
+            lane.meter.retried += len(batch.entries)
             batch.pending.give_back(batch.entries, now(), RETRY_SECONDS)
             await self._configuration.fail(lane, problem)
         finally:
@@ -425,6 +495,7 @@ class Pipeline:
         rest = lane.breaker.failed(now(), problem.retry_after)
         lane.trouble = lane.last_error = problem.sentence
         log.warning("%s: %s; trying again in %.1f s", lane.column.label, problem.sentence, rest)
+        lane.meter.retried += len(batch.entries)
         batch.pending.give_back(batch.entries, now())
 
     def settle(self, lane: Lane, settled: list[tuple[Key, int]]) -> None:

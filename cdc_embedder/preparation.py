@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import psycopg
 
+from cdc_embedder import standby as standbys
 from cdc_embedder.errors import Misconfigured
 from cdc_embedder.lsn import LSN
 from cdc_embedder.rows import backlog, requests
@@ -23,8 +24,8 @@ from cdc_embedder.wal.diagnosis import PluginRefused
 log = logging.getLogger(__name__)
 
 OLDEST_SERVER = 140000
-SCHEMA_VERSION = 1
-"""The migration that this package needs; an older schema wants `init`, a newer one a newer package."""
+SCHEMA_VERSION = 2
+"""The migration that this package needs; an older schema is to be migrated, a newer one wants a newer package."""
 
 PATIENCE_SECONDS = 86_400.0
 """How long the making of a slot may wait for open transactions; trying again sooner would only wait longer."""
@@ -40,8 +41,11 @@ class Taken:
     confirmed: LSN | None
 
 
-async def check_server(connection: Connection, slot: str) -> None:
-    """Raises Misconfigured where the server or our schema in it cannot be worked with."""
+async def check_server(connection: Connection) -> bool:
+    """Whether our schema is of this version; False where it is older.
+
+    Raises Misconfigured where the server or our schema in it cannot be worked with.
+    """
     version = connection.info.server_version
     if version < OLDEST_SERVER:
         raise Misconfigured(f"the server is PostgreSQL {version // 10000}; 14 is the oldest that can be served")
@@ -56,14 +60,12 @@ async def check_server(connection: Connection, slot: str) -> None:
         raise Misconfigured("the schema cdc_embedder is not installed in this database", hint="run: cdc-embedder init")
     found = await one(connection, "SELECT max(version) FROM cdc_embedder.migration")
     installed = int(found[0] or 0) if found else 0
-    if installed < SCHEMA_VERSION:
-        raise Misconfigured(f"the schema is of version {installed}, {SCHEMA_VERSION} is needed",
-                            hint="run: cdc-embedder init")  # fmt: skip
     if installed > SCHEMA_VERSION:
         raise Misconfigured(
             f"the schema is of version {installed}, newer than this cdc-embedder knows ({SCHEMA_VERSION})",
             hint="install the newer cdc-embedder",
         )
+    return installed == SCHEMA_VERSION
 
 
 async def take_advisory_lock(connection: Connection, slot: str) -> bool:
@@ -73,18 +75,32 @@ async def take_advisory_lock(connection: Connection, slot: str) -> bool:
 
 
 async def take_slot(
-    connection: Connection, dsn: str, slot: str, plugin: str, refused: Collection[str], *, spoiled: bool = False
+    connection: Connection,
+    standby: Connection | None,
+    dsn: str,
+    slot: str,
+    plugin: str,
+    refused: Collection[str],
+    *,
+    spoiled: bool = False,
 ) -> Taken:
     """Find the slot, or make it: an existing slot's plugin wins, unless the server is known to have `refused` it.
 
-    `spoiled`: the slot cannot get past some change, and is made anew.
+    `standby`: a session where the slot is, if that is not the primary. `spoiled`: the slot cannot get past some change,
+    and is made anew.
 
     Raises Problem; Misconfigured where an operator must act.
     """
     row = await one(connection, "SELECT getdatabaseencoding()")
     assert row is not None
     encoding = str(row[0])
-    found = await slots.inspect(connection, slot)
+    if standby is not None:
+        await standbys.wait_until_followed(connection, standby, slot)
+        await standbys.leave_primary(connection, slot)
+    there = connection if standby is None else standby
+    found = await slots.inspect(there, slot)
+    if standby is not None and found is not None:
+        standbys.refuse_copy(found)
     if encoding == "SQL_ASCII" and found is None and plugin == "auto":
         plugin = "pgoutput"
     asked = found.plugin if found is not None else plugin
@@ -108,25 +124,30 @@ async def take_slot(
         )
         log.error("the slot %s %s: it is made anew, and everything is scanned", slot, reason)
         await _want_all(connection, slot, "the slot was made anew")
-        await slots.drop(connection, slot)
+        await slots.drop(there, slot)
+        await standbys.note_dropped(connection, slot)
         found = None
     if found is None or found.plugin is None:
-        used = await _make_slot(connection, dsn, slot, "pgoutput" if refused else plugin)
+        used = await _make_slot(connection, standby, dsn, slot, "pgoutput" if refused else plugin)
     else:
         used = found.plugin
+    await standbys.note_slot(connection, slot, None if standby is None else used)
     await _settle_publication(connection, slot, used)
     await _look_at_history(connection, slot)
     return Taken(slot, used, encoding, found.confirmed_flush_lsn if found is not None else None)
 
 
-async def _make_slot(connection: Connection, dsn: str, slot: str, plugin: str) -> str:
+async def _make_slot(connection: Connection, standby: Connection | None, dsn: str, slot: str, plugin: str) -> str:
     """Request a scan of every column, then make the publication and the slot; returns the plugin used."""
     await _want_all(connection, slot, "the slot was made anew")
     await _make_publication(connection, slot)
-    log.info("making the slot %s", slot)
+    log.info("making the slot %s%s", slot, "" if standby is None else " on the standby")
     patience = asyncio.create_task(_explain_waiting(dsn))
     try:
-        used = await slots.create(connection, slot, plugin, timeout_s=PATIENCE_SECONDS)
+        if standby is None:
+            used = await slots.create(connection, slot, plugin, timeout_s=PATIENCE_SECONDS)
+        else:
+            used = await standbys.create(connection, standby, slot, plugin, timeout_s=PATIENCE_SECONDS)
     finally:
         patience.cancel()
     log.info("made the slot %s with the plugin %s", slot, used)

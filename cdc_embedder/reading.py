@@ -51,8 +51,11 @@ class Reading:
         self._timeout_s = timeout_s
         self._streamed: Tables | None = None
         self._again = asyncio.Event()
+        self.streaming = asyncio.Event()
+        """A stream was opened."""
         self._changes = 0
         self._echoes = 0
+        self._received = self._confirmed = ZERO
         self._router: Router | None = None
 
     def attach(self, configuration: Configuration, pipeline: Pipeline) -> None:
@@ -71,6 +74,11 @@ class Reading:
         return True if column.relations <= self._streamed else None
 
     @property
+    def changes(self) -> int:
+        """Changes of watched tables that were received."""
+        return self._changes + (self._router.changes if self._router is not None else 0)
+
+    @property
     def echoes(self) -> int:
         """Changes of our own that were passed over by their replication origin."""
         return self._echoes + (self._router.echoes if self._router is not None else 0)
@@ -86,16 +94,18 @@ class Reading:
         self._pipeline.wake()
 
     def position(self) -> tuple[LSN, LSN, int]:
-        """Received and confirmed on this connection, and changes of watched tables on all of them."""
+        """Received and confirmed on the last connection, and changes of watched tables on all of them."""
         stream = self._pipeline.stream
-        changes = self._changes + (self._router.changes if self._router is not None else 0)
-        return (stream.received if stream is not None else ZERO), self._configuration.watermark.flushed, changes
+        if stream is not None:
+            self._received, self._confirmed = stream.received, stream.confirmed
+        return self._received, self._confirmed, self.changes
 
     async def run(self) -> None:
         """Read until cancelled, one stream after another. Raises what the streams raise."""
         while True:
             stream, router = await self._open()
             self._opened()
+            self.streaming.set()
             self._configuration.wake.set()
             reader, again = (
                 asyncio.create_task(self._pipeline.read(stream, router)),
@@ -118,6 +128,7 @@ class Reading:
         """Let go of the slot; `clean`: in agreement with the server, which has then what was confirmed."""
         stream = self._pipeline.stream
         if stream is not None:
+            self.position()
             self._pipeline.stream = None
             await stream.close(clean=clean)
 

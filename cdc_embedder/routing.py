@@ -67,7 +67,7 @@ class Router:
                 case Begin():
                     if self._position is not None:
                         raise ProtocolError("a transaction arrived inside another one")
-                    self._position = self._watermark.begin(message.commit_lsn)
+                    self._position = self._watermark.begin(message.commit_lsn, message.committed_at)
                     self._xid, self._echo = message.xid, False
                 case Commit():
                     if self._position is None:
@@ -101,12 +101,6 @@ class Router:
             else:
                 route.pending.change(key, self._position, self._xid, now)
             self.changes += 1
-
-    def release_missed(self, route: Route) -> None:
-        """A durable request for a scan now stands for the changes that could not be told."""
-        for position in route.missed:
-            self._watermark.release(position)
-        route.missed.clear()
 
 
 def _key(columns: tuple[str, ...], values: Values, identity: Values) -> Key | None:

@@ -8,6 +8,7 @@ import signal
 import traceback
 
 from cdc_embedder import web
+from cdc_embedder.notifying import Notifier, notifying
 from cdc_embedder.service import Service
 from cdc_embedder.settings import Settings
 
@@ -38,11 +39,33 @@ async def _run(settings: Settings) -> None:
         if signalled:
             os._exit(1)  # nothing is lost: what is not confirmed is read again
         signalled = True
+        notifier.say("STOPPING=1", "STATUS=stopping: finishing the batch in hand")
         health.stopping()
         service.stop()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    async with web.serving(settings.http_address, health, settings.slot, explicit=settings.http_is_explicit):
-        await service.run()
+    health.stuck = service.stuck
+
+    def metrics() -> bytes:
+        from cdc_embedder.metrics import exposition
+
+        return exposition(service, health)
+
+    notifier = Notifier()
+    async with web.serving(
+        settings.http_address,
+        health,
+        settings.slot,
+        service.queries,
+        metrics,
+        explicit=settings.http_is_explicit,
+        token=None if settings.http_token is None else settings.http_token.get_secret_value(),
+        max_bytes=settings.http_max_bytes,
+    ):
+        telling = asyncio.create_task(notifying(notifier, health, service))
+        try:
+            await service.run()
+        finally:
+            telling.cancel()

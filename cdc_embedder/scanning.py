@@ -3,7 +3,8 @@
 A pass pages through the table and hands the keys that are not current to the waiting list; they are judged and embedded
 like any others. A pass *counts* only when the snapshot it began under saw the end of every transaction that was open
 when the stream came to cover the table (`Lane.barrier`): their changes may be in neither. An earlier pass is a head
-start. After a pass that counts, ledger rows without a source row are swept.
+start. After a pass that counts, ledger rows without a source row are swept. Where the user wants it, the first passes
+take over the vectors that are there (`rows.adoption`), each page before it is read.
 
 The scan never ends: when nobody asked for one for a period, a routine pass goes over the table at a pace that a server
 does not notice. Every few seconds a pass lets its keys be judged and notes where it is, durably: one that is broken off
@@ -20,11 +21,12 @@ import psycopg
 
 from cdc_embedder import failpoints
 from cdc_embedder.database_errors import from_database
-from cdc_embedder.errors import Problem, ServerGone, Temporary
+from cdc_embedder.errors import ColumnFault, Problem, ServerGone, Temporary
 from cdc_embedder.lane import Lane
 from cdc_embedder.pending import Work
-from cdc_embedder.rows import requests, scan
+from cdc_embedder.rows import adoption, requests, scan
 from cdc_embedder.rows.session import Connection, one
+from cdc_embedder.rows.writeback import Term
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Scanner:
         wake: Callable[[], None],
         fail: Callable[[Lane, Problem], Awaitable[None]],
         period_s: float,
+        term: Term,
     ) -> None:
         self._connection = connection
         self._lanes = lanes
@@ -58,6 +61,7 @@ class Scanner:
         self._wake = wake
         self._fail = fail
         self._period_s = period_s
+        self._term = term
         self._passes: dict[int, Pass] = {}
 
     async def run(self) -> None:
@@ -70,7 +74,9 @@ class Scanner:
                 try:
                     rest = min(rest, await self._step(lane))
                 except psycopg.Error as error:
-                    await self._trouble(lane, from_database(error, f"scanning {lane.column.label}"))
+                    await self._trouble(lane, from_database(error, f"scanning {lane.column.label}", of_rows=True))
+                except ColumnFault as problem:
+                    await self._trouble(lane, problem)
             await asyncio.sleep(rest)
 
     async def _trouble(self, lane: Lane, problem: Problem) -> None:
@@ -93,7 +99,9 @@ class Scanner:
                 return TICK_SECONDS  # the stream is about to cover the table: a pass that began before would not count
             if not lane.scan.wanted and self._now() < lane.scan.due:
                 return TICK_SECONDS
-            self._passes[lane.column.id] = await Pass.begin(self._connection, lane, self._now(), self._period_s)
+            self._passes[lane.column.id] = await Pass.begin(
+                self._connection, lane, self._now(), self._period_s, self._term
+            )
             return 0.0
         if current.column is not lane.column or (current.routine and lane.scan.wanted):
             del self._passes[lane.column.id]  # another generation or shape, or somebody waits for it: begin anew
@@ -147,13 +155,17 @@ class Scanner:
         lane.scan.due = self._now() + self._period_s
         told = log.debug if current.routine else log.info
         told("scan of %s complete: %d rows, %d without text", lane.column.label, lane.scan.rows, lane.scan.null)
+        if current.adopting:
+            log.info("%s: no more vectors are adopted", lane.column.label)
         return 0.0
 
 
 class Pass:
     """One pass over one table."""
 
-    def __init__(self, lane: Lane, request: str, oldest_xid: int, now: float, rows_per_s: float | None) -> None:
+    def __init__(
+        self, lane: Lane, request: str, oldest_xid: int, now: float, rows_per_s: float | None, term: Term
+    ) -> None:
         self.lane = lane
         self.column = lane.column
         self.request = request
@@ -164,6 +176,8 @@ class Pass:
         self.checkpoint_at = now + CHECKPOINT_SECONDS
         self._began_sound = lane.barrier is not None and oldest_xid > lane.barrier
         self._doubts = lane.doubts
+        self.adopting = False
+        self._term = term
         self._rows_per_s = rows_per_s
         self._after: tuple[str, ...] | None = None
         self._swept_to: tuple[str, ...] | None = None
@@ -174,11 +188,12 @@ class Pass:
         return self._began_sound and self._doubts == self.lane.doubts
 
     @classmethod
-    async def begin(cls, connection: Connection, lane: Lane, now: float, period_s: float) -> Pass:
+    async def begin(cls, connection: Connection, lane: Lane, now: float, period_s: float, term: Term) -> Pass:
         """Start a pass, or go on with the one that was broken off."""
         rows_per_s = None if lane.scan.wanted else max(float(scan.PAGE), lane.scan.rows / (ROUTINE_SHARE * period_s))
         request, unfinished = await requests.scan_started(connection, lane.column.id)
-        self = cls(lane, request, await _oldest_xid(connection), now, rows_per_s)
+        self = cls(lane, request, await _oldest_xid(connection), now, rows_per_s, term)
+        self.adopting = await adoption.wanted(connection, lane.column)
         progress = lane.scan
         progress.running, progress.routine = True, self.routine
         counts = [0] * 5
@@ -195,8 +210,13 @@ class Pass:
     async def page(self, connection: Connection, now: Callable[[], float]) -> None:
         """Read the next page and put the keys that are not current on the waiting list."""
         began = now()
+        if self.adopting:
+            adopted = await adoption.page(connection, self.column, self._term, self._after)
+            log.debug("%s: %d vectors adopted", self.column.label, adopted)
         found = await scan.page(connection, self.column, self._after)
         failpoints.reached("scanned")
+        if self.lane.column is not self.column:
+            return  # the key may be another one: the pass is over
         for key in found.wanted:
             self.lane.pending.want(key, Work.SCAN, now())
         progress = self.lane.scan

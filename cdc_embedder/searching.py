@@ -46,7 +46,11 @@ def embed_texts(settings: Settings, model: str, texts: list[str], input_type: st
 def search_column(settings: Settings, table: str, target: str, question: str, k: int) -> list[Found]:
     """The `k` rows of `table` whose `target` is nearest to the question. Raises Problem."""
     with session(settings.dsn.get_secret_value(), "search", "searching") as connection:
-        column = connection.execute(_COLUMN, (table, target)).fetchone()
+        found_table = connection.execute("SELECT $1::regclass::oid::int8 AS oid", (table,)).fetchone()
+        assert found_table is not None
+        # The operator's search path is for the table's name alone: a function in it may fit a call better than ours.
+        connection.execute("SET search_path = pg_catalog")
+        column = connection.execute(_COLUMN, (found_table["oid"], target)).fetchone()
         if column is None:
             raise Problem(
                 f"{join([*split(table), target])} is not a configured column", hint="see: cdc-embedder status"
@@ -88,7 +92,7 @@ SELECT to_jsonb(m) AS model, n.nspname AS schema, t.relname AS table, c.source_c
   JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = c.target_attnum
   JOIN pg_type y ON y.oid = a.atttypid
   JOIN pg_namespace yn ON yn.oid = y.typnamespace
- WHERE c.source_table = $1::regclass AND c.target_column = $2
+ WHERE c.source_table = $1::int8::oid AND c.target_column = $2
 """
 
 

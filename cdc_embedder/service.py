@@ -16,33 +16,33 @@ import random
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 
+from cdc_embedder import standby as standbys
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.registry import Embedders
-from cdc_embedder.errors import NotCarried, Problem, SlotBusy, Temporary
-from cdc_embedder.following import POLL_SECONDS, Configuration
-from cdc_embedder.pipeline import Pipeline
+from cdc_embedder.errors import Misconfigured, NotCarried, Problem, SlotBusy, Temporary
+from cdc_embedder.install import upgrade
+from cdc_embedder.metering import Meters
 from cdc_embedder.preparation import Taken, check_server, take_advisory_lock, take_slot
-from cdc_embedder.reading import Reading
-from cdc_embedder.reporting import Reporter
-from cdc_embedder.rows import crashes, requests
-from cdc_embedder.rows.session import Connection, connect
-from cdc_embedder.rows.writeback import Term
-from cdc_embedder.rows.writers import Writers, set_up_origin, suppress_triggers
-from cdc_embedder.scanning import Scanner
+from cdc_embedder.querying import Queries
+from cdc_embedder.retention import OverLimit, Retention
+from cdc_embedder.rows import requests
+from cdc_embedder.rows.session import Connection, connect, open_in
 from cdc_embedder.settings import Settings
-from cdc_embedder.spilling import Spiller
-from cdc_embedder.suspecting import Watch
 from cdc_embedder.wal.diagnosis import SlotStuck
 from cdc_embedder.wal.slot import PluginRefused
 from cdc_embedder.web import Health
-from cdc_embedder.writing import Writing
+from cdc_embedder.working import Lasting, Site, Working
+
+if TYPE_CHECKING:
+    from cdc_embedder.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ class Service:
     def __init__(self, settings: Settings, health: Health | None = None) -> None:
         self._settings = settings
         self._health = health or Health()
-        self._name = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
         self._spoiled = False
         self._stuck: tuple[object, int] = (None, 0)
         self._taken: Taken | None = None
@@ -75,12 +74,47 @@ class Service:
         self._replication_dsn = replication.get_secret_value() if replication is not None else self._dsn
         self._stop = asyncio.Event()
         self._refused: set[str] = set()
-        self._embedders = Embedders(
+        embedders = Embedders(
             device=settings.device,
             allow_remote_code=settings.allow_remote_code,
             api_key_envs=tuple(settings.allowed_api_key_envs),
             base_urls=settings.allowed_base_urls,
         )
+        self.meters = Meters()
+        self.retention = Retention(settings)
+        self.queries = Queries(embedders, self.meters)
+        """Answers whoever asks for vectors; see `web`."""
+        self._lasting = Lasting(
+            settings,
+            f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}",
+            embedders,
+            self.queries,
+            self.meters,
+            self.retention,
+            _tracing(settings),
+            self._health.working,
+        )
+        self.working: Working | None = None
+        """What works now, for whoever asks how it is; None while nothing does."""
+
+    @property
+    def slot(self) -> str:
+        return self._settings.slot
+
+    def stuck(self) -> bool:
+        """Whether the process should be ended: it could work, and gets nowhere."""
+        return self.working is not None and self.working.pipeline.stuck()
+
+    def summary(self) -> str:
+        """How it is, in one line."""
+        if self.working is None:
+            return "preparing"
+        lanes = self.working.pipeline.lanes
+        waiting = sum(lane.outstanding for lane in lanes)
+        failed = sum(lane.failed_rows for lane in lanes)
+        states = Counter(lane.state[0] for lane in lanes)
+        how = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none configured"
+        return f"columns: {how}; keys waiting: {waiting}; rows failed: {failed}"
 
     def stop(self) -> None:
         """Finish the batch in hand, confirm, leave."""
@@ -110,13 +144,17 @@ class Service:
                     self._health.away(problem.sentence)
                     await self._rest(BUSY_SECONDS)
                 except Temporary as problem:
+                    self.meters.reconnects += 1
                     failures = 1 if time.monotonic() - began > WORKED_SECONDS else failures + 1
                     rest = min(LONGEST_BACKOFF_SECONDS, 0.25 * 2**failures) * random.uniform(0.5, 1.0)
                     log.warning("%s; trying again in %.1f s", problem.sentence, rest)
                     self._health.away(problem.sentence)
                     await self._rest(rest)
         finally:
-            self._embedders.close()
+            await self.queries.close()
+            self._lasting.embedders.close()
+            if self._lasting.tracing is not None:
+                await asyncio.to_thread(self._lasting.tracing.close)
 
     def _wait(self, reason: str) -> None:
         """Say once that this instance waits."""
@@ -141,147 +179,147 @@ class Service:
         """One connection's worth of work, until `stop` or trouble. Raises Problem; anything else is a bug of ours."""
         async with AsyncExitStack() as stack:
             try:
-                await self._work(stack)
+                control = await self._lead(stack)
+                if control is None:
+                    return
+                standby = await self._standby(stack, control)
+                if not await requests.given_up(control, self._settings.slot):
+                    await self._work_or_give_up(control, standby)
+                    return
+                await self.retention.drop(control, standby)  # which may have failed when it was given up
+                await stack.aclose()
+                await self._until_told()
             except (psycopg.Error, ExceptionGroup) as error:
                 problem = _problem(error)
                 if problem is None:
                     raise
                 raise problem from error
 
-    async def _work(self, stack: AsyncExitStack) -> None:
-        settings, slot = self._settings, self._settings.slot
+    async def _lead(self, stack: AsyncExitStack) -> Connection | None:
+        """Wait until this instance is the one that works; its session, which holds the lock. None: stopped before."""
+        slot = self.slot
         # A process that is frozen must not hold the lock for ever: this session has something to say every few seconds.
-        timeout_s = max(settings.wal_sender_timeout_s, 5 * POLL_SECONDS)
-        control = await self._connect(stack, "control", idle_session_timeout=str(int(timeout_s * 1000)))
-        await check_server(control, slot)
+        control = await open_in(stack, self._dsn, "control", idle_session_timeout=self._lasting.lock_timeout_ms)
+        await self._check(control)
         while not await take_advisory_lock(control, slot):
             self._wait(f"another instance serves the slot {slot}; this one is ready to take over")
             await self._rest(BUSY_SECONDS)
             if self._stop.is_set():
-                return
-        taken = await self._unless_stopped(
-            take_slot(control, self._dsn, slot, settings.output_plugin, self._refused, spoiled=self._spoiled)
-        )
+                return None
+        if not await self._check(control):
+            for sentence in await asyncio.to_thread(upgrade, self._dsn):
+                log.info("%s", sentence)
+        return control
+
+    async def _standby(self, stack: AsyncExitStack, control: Connection) -> Connection | None:
+        """A session where the slot is, if that is on a standby."""
+        if self._settings.replication_dsn is None:
+            return None
+        session = await standbys.open_standby(control, self._settings.replication_dsn.get_secret_value())
+        if session is not None:
+            stack.push_async_callback(session.close)
+        return session
+
+    async def _check(self, control: Connection) -> bool:
+        current = await check_server(control)
+        if not current and not self._settings.auto_migrate:
+            raise Misconfigured(
+                "the schema is older than this cdc-embedder, and auto_migrate is off", hint="run: cdc-embedder init"
+            )
+        return current
+
+    async def _until_told(self) -> None:
+        """The slot was given up: wait for `take_slot_again`, without asking again and again."""
+        reason = f"the slot {self._settings.slot} was given up: SELECT cdc_embedder.take_slot_again() has it made anew"
+        log.error("waiting: %s", reason)
+        self._health.away(reason)
+        self.retention.given_up = True
+        async with await connect(self._dsn, "listen") as session:
+            await session.execute("LISTEN cdc_embedder")
+            while not self._stop.is_set() and await requests.given_up(session, self._settings.slot):
+                await self._unless_stopped(_notification(session))
+        self.retention.given_up = self._stop.is_set()
+
+    async def _work_or_give_up(self, control: Connection, standby: Connection | None) -> None:
+        """Rule 9 holds to the end: the lock is ours until the slot is dropped."""
+        try:
+            async with AsyncExitStack() as stack:
+                await self._work(stack, control, standby)
+        except (OverLimit, ExceptionGroup) as error:
+            problem = _problem(error)
+            if not isinstance(problem, OverLimit):
+                raise
+            log.error("%s", problem.sentence)
+            await self.retention.give_up(control, standby)
+            if self._settings.wal_limit_then == "renew":
+                await requests.take_again(control, self._settings.slot)
+
+    async def _work(self, stack: AsyncExitStack, control: Connection, standby: Connection | None) -> None:
+        replication_dsn, beside = self._replication_dsn, None
+        if standby is not None:
+            replication_dsn = standbys.pinned_to(standby, replication_dsn)
+            beside = await open_in(stack, replication_dsn, "standby wal")
+        watching = await open_in(stack, self._dsn, "wal"), beside
+        taken = await self._take_slot(control, standby, watching)
         if taken is None:
             return
         self._taken, self._spoiled = taken, False
-        term = Term(slot, await requests.take_term(control, slot, self._name))
-        suspects = await crashes.suspects(control, slot, self._name)
-        writers, origins = await self._writers(stack, term)
-        reading = Reading(
-            self._replication_dsn,
-            taken,
-            origins,
-            settings.wal_sender_timeout_s,
-            binary=self._stuck[1] == 0,  # a type whose binary form fails must not hold the slot
-            opened=self._health.working,
+        binary = self._stuck[1] == 0  # a type whose binary form fails must not hold the slot
+        working = await Working.prepare(
+            self._lasting, Site(stack, self._dsn, replication_dsn, control, watching), taken, binary=binary
         )
-        configuration = Configuration(
-            control,
-            slot,
-            taken.plugin,
-            self._embedders,
-            time.monotonic,
-            reading.changed,
-            reading.covers,
-            settings.scan_period_s,
-            suspects,
-        )
-        fetcher = await self._connect(stack, "fetch")
-        notes = await self._connect(stack, "report", synchronous_commit="off")
-        watch = Watch(notes, slot, self._name)
-        pipeline = Pipeline(configuration, fetcher, writers.at_once, watch, settings.max_pending_keys)
-        writing = Writing(pipeline, configuration, writers, watch)
-        reading.attach(configuration, pipeline)
-        stack.push_async_callback(reading.close, clean=False)
-        await configuration.reload()
-        reporter = Reporter(notes, slot, self._name, lambda: pipeline.lanes, reading.position, time.monotonic)
-        await reporter.once()  # before the slot is active: what an earlier service said is not true any more
-        await self._run_stages(stack, configuration, pipeline, writing, reading, reporter)
+        self.working = working
+        try:
+            await working.run(self._stop)
+        finally:
+            self.working = None
+            self.meters.received_changes += working.reading.changes
+            self.meters.own_changes += working.reading.echoes
 
-    async def _writers(self, stack: AsyncExitStack, term: Term) -> tuple[Writers, list[tuple[str, int]]]:
-        """The sessions that write, and the origins of those that are marked by one."""
-        plain, marked, origins = [await self._connect(stack, "write")], [], []
-        suppressed = await suppress_triggers(plain[0])
-        for number in range(1, self._settings.writers + 1):
-            session = await self._connect(stack, f"write {number}")
-            if suppressed:
-                await suppress_triggers(session)
-            if (origin := await set_up_origin(session, term.slot, number)) is None:
-                plain.append(session)
-            else:
-                marked.append(session)
-                origins.append(origin)
-        return Writers(plain, marked, term, triggers_suppressed=suppressed), origins
+    async def _take_slot(
+        self, control: Connection, standby: Connection | None, watching: tuple[Connection, Connection | None]
+    ) -> Taken | None:
+        """The slot, or None where a stop came first. What it holds back is watched meanwhile."""
+        watched = asyncio.create_task(self.retention.run(*watching))
+        plugin = self._settings.output_plugin
+        try:
+            return await self._unless_stopped(
+                take_slot(control, standby, self._dsn, self.slot, plugin, self._refused, spoiled=self._spoiled), watched
+            )
+        finally:
+            watched.cancel()
+            await asyncio.wait({watched})
 
-    async def _run_stages(
-        self,
-        stack: AsyncExitStack,
-        configuration: Configuration,
-        pipeline: Pipeline,
-        writing: Writing,
-        reading: Reading,
-        reporter: Reporter,
-    ) -> None:
-        listener, retrier = await self._connect(stack, "listen"), await self._connect(stack, "retry")
-        spilling, spiller = await self._connect(stack, "spill"), Spiller(pipeline, self._settings.spill_after_s)
-        scanning = await self._connect(stack, "scan", statement_timeout="0")
-        scanner = Scanner(
-            scanning,
-            lambda: pipeline.lanes,
-            time.monotonic,
-            pipeline.wake,
-            configuration.fail,
-            self._settings.scan_period_s,
-        )
-        async with asyncio.TaskGroup() as group:
-            background = [
-                group.create_task(work)
-                for work in (
-                    configuration.run(),
-                    configuration.listen(listener),
-                    scanner.run(),
-                    pipeline.confirming(retrier),
-                    pipeline.retry(retrier),
-                    spiller.drain(retrier),
-                    spiller.spill(spilling),
-                    reporter.run(),
-                )
-            ]
-            stages = [group.create_task(work) for work in (pipeline.fetch(), *writing.runs())]
-            reader = group.create_task(reading.run())
-            await self._stop.wait()
-            log.info("stopping: finishing the batch in hand")
-            pipeline.stop()
-            await asyncio.gather(*stages)
-            await pipeline.confirm_once(retrier)
-            reader.cancel()
-            for task in background:
-                task.cancel()
-        await reading.close()
-        await spiller.settle(retrier)
-        await reporter.once()
-        log.info(
-            "stopped, confirmed through %s; %d changes of our own were passed over",
-            configuration.watermark.flushed,
-            reading.echoes,
-        )
-
-    async def _connect(self, stack: AsyncExitStack, purpose: str, **settings: str) -> Connection:
-        connection = await connect(self._dsn, purpose, **settings)
-        stack.push_async_callback(connection.close)
-        return connection
-
-    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """What `work` gives, or None where a stop came first."""
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T], *guards: asyncio.Task[None]) -> T | None:
+        """What `work` gives, or None where a stop came first. Raises what ends one of `guards` meanwhile."""
         task, stop = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
-        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, stop, *guards}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if task.done():
             return task.result()
         task.cancel()
         await asyncio.wait({task})
+        for guard in guards:
+            if guard.done():
+                guard.result()
         return None
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    if not settings.traces:
+        return None
+    try:
+        from cdc_embedder.tracing import Spans
+    except ImportError as error:
+        raise Misconfigured(
+            "traces are on, and OpenTelemetry is not installed", hint="pip install 'cdc-embedder[otel]'"
+        ) from error
+    return Spans(settings.slot)
+
+
+async def _notification(session: Connection) -> None:
+    async for _ in session.notifies(stop_after=1):
+        pass
 
 
 def _problem(error: Exception) -> Problem | None:
@@ -292,5 +330,5 @@ def _problem(error: Exception) -> Problem | None:
             return None
         return min(problems, key=lambda problem: isinstance(problem, Temporary))
     if isinstance(error, psycopg.Error):
-        return from_database(error, "the database session failed")
+        return from_database(error, "the database session failed", of_rows=True)
     return error if isinstance(error, Problem) else None

@@ -6,6 +6,7 @@ What to embed is not here: that is data, in the table `cdc_embedder.embedding_co
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,10 @@ PREFIX = "CDC_EMBEDDER_"
 
 
 class Settings(BaseSettings):
-    """Each field is `CDC_EMBEDDER_<NAME>` in the environment, `--<name>` as a flag and `<name>` in the TOML file."""
+    """Each field is `CDC_EMBEDDER_<NAME>` in the environment, `--<name>` as a flag and `<name>` in the TOML file.
+
+    `http_token` is no flag: everybody on the machine may read the arguments of a process.
+    """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", env_ignore_empty=True)
 
@@ -58,8 +62,42 @@ class Settings(BaseSettings):
     wal_sender_timeout_s: float = Field(
         60.0, ge=1.0, description="Silence after which either side gives the replication connection up, seconds."
     )
+    wal_warn_bytes: int = Field(
+        1 << 30, ge=0, description="WAL held back by our slots that is worth a warning, bytes; 0 for none."
+    )
+    wal_alarm_bytes: int = Field(
+        8 << 30, ge=0, description="WAL held back by our slots that is worth an error, bytes; 0 for none."
+    )
+    wal_limit_bytes: int | None = Field(
+        None,
+        ge=16 << 20,
+        description="WAL held back at which the slot is given up: dropped, with a scan of every column requested"
+        " (default: never).",
+    )
+    wal_limit_then: Literal["wait", "renew"] = Field(
+        "wait",
+        description="After that, wait until SELECT cdc_embedder.take_slot_again() says so, or make it anew at once.",
+    )
+    auto_migrate: bool = Field(
+        True, description="Whether `run` brings an older schema up to date; else it leaves that to `init`."
+    )
     http: str = Field(
-        "127.0.0.1:8700", description="Where /healthz and /readyz are served: host:port, [::1]:port, or off."
+        "127.0.0.1:8700",
+        description="Where /healthz, /readyz, /metrics and /v1/embeddings are served: host:port, [::1]:port, or off.",
+    )
+    http_token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Bearer token for metrics and embeddings; needed where the address is not a loopback one.",
+    )
+    http_max_bytes: int = Field(8 << 20, ge=1024, description="Largest request over HTTP, bytes.")
+    sql_embed: bool = Field(
+        False,
+        description="Whether SQL may ask for vectors (cdc_embedder.embed); the texts then enter the WAL. The table"
+        " cdc_embedder.sql_embed can turn it on too.",
+    )
+    traces: bool = Field(
+        False, description="OpenTelemetry spans, one a batch (extra `otel`; OTEL_* variables say where they go)."
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
@@ -97,6 +135,13 @@ class Settings(BaseSettings):
     def _understood(cls, text: str) -> str:
         address(text)
         return text
+
+    @field_validator("http_token")
+    @classmethod
+    def _fits_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not re.fullmatch(r"[!-~]+", token.get_secret_value()):
+            raise ValueError("a token is of visible ASCII characters")
+        return token
 
     @field_validator("device")
     @classmethod

@@ -21,6 +21,7 @@ from cdc_embedder.pending import Work
 from cdc_embedder.pipeline import RETRY_SECONDS, Pipeline
 from cdc_embedder.rows import backlog
 from cdc_embedder.rows.session import Connection
+from cdc_embedder.rows.writeback import Term
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,16 @@ AHEAD = 2 * backlog.PAGE
 class Spiller:
     """`spill` and `drain` run side by side with a pipeline, each on a session of its own."""
 
-    def __init__(self, pipeline: Pipeline, after_s: float) -> None:
+    def __init__(self, pipeline: Pipeline, term: Term, after_s: float) -> None:
         self._pipeline = pipeline
+        self._term = term
         self._after_s = after_s
 
     async def spill(self, connection: Connection) -> None:
-        """For ever: spill what is due. Raises ServerGone; other trouble leaves the keys where they are, unconfirmed."""
+        """For ever: spill what is due. Raises ServerGone, and SlotBusy where the term is over.
+
+        Other trouble leaves the keys where they are, unconfirmed.
+        """
         pipeline = self._pipeline
         while True:
             pipeline.full.clear()
@@ -51,7 +56,9 @@ class Spiller:
                 try:
                     spilled += await self._spill(connection, lane, since)
                 except psycopg.Error as error:
-                    await pipeline.trouble(lane, from_database(error, f"spilling keys of {lane.column.label}"))
+                    await pipeline.trouble(
+                        lane, from_database(error, f"spilling keys of {lane.column.label}", of_rows=True)
+                    )
                     await asyncio.sleep(RETRY_SECONDS)
             if spilled:
                 pipeline.confirm()
@@ -72,7 +79,9 @@ class Spiller:
                     await self._settle(connection, lane)
                     taken += await self._take(connection, lane)
                 except psycopg.Error as error:
-                    await pipeline.trouble(lane, from_database(error, f"reading the backlog of {lane.column.label}"))
+                    await pipeline.trouble(
+                        lane, from_database(error, f"reading the backlog of {lane.column.label}", of_rows=True)
+                    )
             if taken:
                 pipeline.wake()
             else:
@@ -91,11 +100,12 @@ class Spiller:
             return 0
         failpoints.reached("spilling")
         column = lane.column
-        first, fresh = await backlog.spill(connection, column, spills)
+        first, fresh = await backlog.spill(connection, column, self._term, spills)
         failpoints.reached("spilled")
         if lane.backlog == 0:
             log.info("%s: keys wait for too long: they are kept in the backlog, and the slot moves on", column.label)
         lane.backlog += fresh
+        lane.meter.spilled += len(spills)
         lane.pending.spilled([(spill, first + n) for n, spill in enumerate(spills)])
         return len(spills)
 
@@ -110,11 +120,13 @@ class Spiller:
                     log.info("%s: the backlog is empty", lane.column.label)
 
     async def _take(self, connection: Connection, lane: Lane) -> int:
-        pending = lane.pending
+        pending, column = lane.pending, lane.column
         if lane.backlog <= 0 or not lane.ready(now()) or pending.unfinished(Work.REPAIR) >= AHEAD:
             return 0
         before = len(pending)
-        rows = await backlog.page(connection, lane.column, lane.drained)
+        rows = await backlog.page(connection, column, lane.drained)
+        if lane.column is not column:
+            return 0  # the key may be another one
         for row in rows:
             pending.restore(row.key, row.seq, row.xid, now())
         if not rows and lane.drained == 0:

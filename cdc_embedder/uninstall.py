@@ -5,46 +5,62 @@ Vectors stay where they are: they are the application's. Not for stopping the se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import psycopg
 from psycopg import sql
 
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.errors import Misconfigured
-from cdc_embedder.install import connect
-from cdc_embedder.installable import Connection
+from cdc_embedder.install import connect, has_pgml
+from cdc_embedder.installable import EMBED_SUFFIX, Connection, scalar
 
 
 @dataclass(frozen=True, slots=True)
 class Belongings:
-    """What is ours in one database. `active`: (slot, pid) of each slot that a service holds."""
+    """What is ours in one database. `active`: (slot, pid) of each slot that a service holds.
+
+    `on_standby`: slots on the standby that was looked at; `users`: what else needs functions of ours.
+    """
 
     slots: list[str]
+    on_standby: list[str]
     active: list[tuple[str, int]]
     publications: list[str]
     origins: list[str]
     columns: int | None
+    pgml: bool
+    users: list[str]
 
 
-def uninstall_plan(dsn: str, slot: str) -> list[str]:
-    """What `uninstall` would remove, a sentence each; empty where nothing is ours."""
+def uninstall_plan(dsn: str, slot: str, replication_dsn: str | None = None) -> list[str]:
+    """What `uninstall` would remove, a sentence each; empty where nothing is ours. `replication_dsn`: may lead to the
+    standby that a slot is on. Raises Misconfigured where a slot is on one that it does not lead to."""
     try:
-        with connect(dsn, "uninstall") as conn:
-            return _sentences(_belongings(conn, slot))
+        with connect(dsn, "uninstall") as conn, _standby(replication_dsn) as standby:
+            return _sentences(_belongings(conn, standby, slot))
     except psycopg.Error as error:
         raise from_database(error, "looking for what is installed") from error
 
 
-def uninstall(dsn: str, slot: str) -> list[str]:
-    """Remove it all; returns what was removed, a sentence each. Raises Misconfigured while a service runs."""
+def uninstall(dsn: str, slot: str, replication_dsn: str | None = None) -> list[str]:
+    """Remove it all; returns what was removed, a sentence each. Raises Misconfigured while a service runs, and as
+    `uninstall_plan` does."""
     try:
-        with connect(dsn, "uninstall") as conn:
-            found = _belongings(conn, slot)
+        with connect(dsn, "uninstall") as conn, _standby(replication_dsn) as standby:
+            found = _belongings(conn, standby, slot)
             if found.active:
                 holders = ", ".join(f"{name} (process {pid} of the server)" for name, pid in found.active)
                 raise Misconfigured(f"a service holds the slot {holders}", hint="Stop it first.")
-            return _remove(conn, found)
+            if found.users:
+                raise Misconfigured(
+                    f"functions of cdc-embedder are used by {', '.join(found.users)}",
+                    hint="Drop these first; of a generated column ALTER TABLE … ALTER COLUMN … DROP EXPRESSION keeps"
+                    " the vectors.",
+                )
+            return _remove(conn, standby, found)
     except psycopg.errors.InsufficientPrivilege as error:
         raise Misconfigured(
             f"uninstalling: {error.diag.message_primary}",
@@ -55,19 +71,36 @@ def uninstall(dsn: str, slot: str) -> list[str]:
         raise from_database(error, "uninstalling") from error
 
 
-def _belongings(conn: Connection, slot: str) -> Belongings:
+@contextmanager
+def _standby(dsn: str | None) -> Iterator[Connection | None]:
+    """A session there, if it is a standby that the DSN leads to."""
+    if dsn is None:
+        yield None
+        return
+    with connect(dsn, "uninstall") as session:
+        yield session if scalar(session, "SELECT pg_is_in_recovery()") else None
+
+
+def _belongings(conn: Connection, standby: Connection | None, slot: str) -> Belongings:
     installed = conn.execute("SELECT to_regclass('cdc_embedder.embedding_column') IS NOT NULL").fetchone()
     names, columns = {slot}, None
     if installed is not None and installed[0]:
         rows = conn.execute("SELECT slot::text, count(*) FROM cdc_embedder.embedding_column GROUP BY 1").fetchall()
         names |= {row[0] for row in rows}
         columns = sum(row[1] for row in rows)
-    wanted = sorted(names)
-    slots = conn.execute(
-        "SELECT slot_name::text, active_pid FROM pg_replication_slots"
-        " WHERE slot_name = ANY (%s) AND database = current_database() ORDER BY 1",
-        (wanted,),
-    ).fetchall()
+    wanted = sorted(names | {name + EMBED_SUFFIX for name in names})
+    slots = conn.execute(_SLOTS, (wanted,)).fetchall()
+    there = [] if standby is None else standby.execute(_SLOTS, (wanted,)).fetchall()
+    if standby is None and scalar(conn, "SELECT to_regclass('cdc_embedder.standby_slot') IS NOT NULL"):
+        left = [
+            row[0] for row in conn.execute("SELECT slot::text FROM cdc_embedder.standby_slot WHERE plugin IS NOT NULL")
+        ]
+        if left:
+            raise Misconfigured(
+                f"the slot {', '.join(left)} is on a standby, where it would go on holding WAL back",
+                hint="Name the standby: --replication-dsn, or CDC_EMBEDDER_REPLICATION_DSN. Where there is none any"
+                " more: TRUNCATE cdc_embedder.standby_slot.",
+            )
     publications = conn.execute(
         "SELECT pubname::text FROM pg_publication"
         " WHERE pubname = ANY (%s) AND pubinsert AND pubupdate AND NOT pubdelete AND NOT puballtables ORDER BY 1",
@@ -80,33 +113,71 @@ def _belongings(conn: Connection, slot: str) -> Belongings:
     ).fetchall()
     return Belongings(
         slots=[row[0] for row in slots],
-        active=[(row[0], row[1]) for row in slots if row[1] is not None],
+        on_standby=[row[0] for row in there],
+        active=[(row[0], row[1]) for row in slots + there if row[1] is not None],
         publications=[row[0] for row in publications],
         origins=[row[0] for row in origins],
         columns=columns,
+        pgml=has_pgml(conn),
+        users=[row[0] for row in conn.execute(_USERS).fetchall()],
     )
+
+
+_SLOTS = """
+SELECT slot_name::text, active_pid FROM pg_replication_slots
+ WHERE slot_name = ANY (%s) AND database = current_database() ORDER BY 1
+"""
+
+_USERS = """
+WITH ours AS (
+    SELECT oid FROM pg_namespace
+     WHERE nspname = 'cdc_embedder'
+        OR nspname = 'pgml' AND starts_with(obj_description(oid, 'pg_namespace'), 'cdc-embedder')
+)
+SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) AS description
+  FROM pg_depend d
+  JOIN pg_proc f ON f.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass
+  LEFT JOIN pg_proc p ON p.oid = d.objid AND d.classid = 'pg_proc'::regclass
+  LEFT JOIN pg_constraint c ON c.oid = d.objid AND d.classid = 'pg_constraint'::regclass
+  LEFT JOIN pg_rewrite r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
+  LEFT JOIN pg_attrdef a ON a.oid = d.objid AND d.classid = 'pg_attrdef'::regclass
+  LEFT JOIN pg_class t
+    ON t.oid = CASE d.classid WHEN 'pg_class'::regclass THEN d.objid ELSE coalesce(r.ev_class, a.adrelid) END
+ WHERE f.pronamespace IN (TABLE ours) AND d.deptype IN ('n', 'a') AND d.classid <> 'pg_trigger'::regclass
+   AND coalesce(t.relnamespace, p.pronamespace, c.connamespace, 0) NOT IN (TABLE ours)
+ ORDER BY description
+"""
+"""What the application made with functions of ours, which would go with them. Not triggers, which are ours."""
 
 
 def _sentences(found: Belongings) -> list[str]:
     lines = [f"the replication slot {name}" for name in found.slots]
+    lines += [f"the replication slot {name} on the standby" for name in found.on_standby]
     lines += [f"the publication {name}" for name in found.publications]
     lines += [f"the replication origin {name}" for name in found.origins]
+    if found.pgml:
+        lines.append("the schema pgml")
     if found.columns is not None:
         lines.append(f"the schema cdc_embedder with {found.columns} configured columns and their ledgers")
     return lines
 
 
-def _remove(conn: Connection, found: Belongings) -> list[str]:
+def _remove(conn: Connection, standby: Connection | None, found: Belongings) -> list[str]:
     """The slots go last: their removal cannot be rolled back, all the rest can."""
     for name in found.publications:
         conn.execute(sql.SQL("DROP PUBLICATION {}").format(sql.Identifier(name)))
     removed, kept = _drop_origins(conn, found.origins)
+    conn.execute("SET LOCAL client_min_messages = warning")
+    if found.pgml:
+        conn.execute("DROP SCHEMA pgml CASCADE")
     if found.columns is not None:
-        conn.execute("SET LOCAL client_min_messages = warning")
         conn.execute("DROP SCHEMA cdc_embedder CASCADE")
     for name in found.slots:
         conn.execute("SELECT pg_drop_replication_slot(%s)", (name,))
-    done = Belongings(found.slots, [], found.publications, removed, found.columns)
+    if standby is not None:
+        for name in found.on_standby:
+            standby.execute("SELECT pg_drop_replication_slot(%s)", (name,))
+    done = replace(found, origins=removed)
     return [f"removed {line}" for line in _sentences(done)] + [
         f"left the replication origin {name}: only a superuser, or a role that was granted it, may drop origins"
         for name in kept

@@ -26,9 +26,12 @@ def wait_for_pending(
     """
     target = connection.execute("SELECT pg_current_wal_insert_lsn()::text AS lsn").fetchall()[0]["lsn"]
     worked: dict[int, float] = {}
+    # as in wait_until_embedded: has the service note how far a slot on a standby is
+    connection.execute("SELECT pg_advisory_lock_shared(1667523429, 2)")
     while True:
         waiting = [row for row in connection.execute(_WAITING, (ids, target, PAGE_HEADER)).fetchall() if row["waits"]]
         if not waiting:
+            connection.execute("SELECT pg_advisory_unlock_shared(1667523429, 2)")
             return
         now = time.monotonic()
         for row in waiting:

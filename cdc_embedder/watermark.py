@@ -20,10 +20,11 @@ from cdc_embedder.lsn import LSN, ZERO
 @dataclass(slots=True, eq=False)
 class Position:
     """One transaction of the stream: how much work it still holds, where its commit record begins (never confirmed,
-    only noted beside spilled keys) and where it ends, once its commit was read."""
+    only noted beside spilled keys) and where it ends, once its commit was read. `at`: when it committed, as told."""
 
     order: int
     commit: LSN = ZERO
+    at: float | None = None
     held: int = 0
     end: LSN | None = None
 
@@ -46,9 +47,9 @@ class Watermark:
         """Transactions that are open, or whose work is not finished."""
         return len(self._positions)
 
-    def begin(self, commit: LSN = ZERO) -> Position:
+    def begin(self, commit: LSN = ZERO, at: float | None = None) -> Position:
         """A transaction starts to arrive, whose commit record begins at `commit`."""
-        position = Position(self._next, commit)
+        position = Position(self._next, commit, at)
         self._next += 1
         self._positions.append(position)
         return position

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Coroutine
 from typing import Any
 
 import psycopg
 
 from cdc_embedder import failpoints
-from cdc_embedder.batch import Batch
+from cdc_embedder.batch import Batch, Stage
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.errors import Problem
 from cdc_embedder.following import Configuration
@@ -35,8 +36,14 @@ class Writing:
         """Urgent work goes first: no batch is written whole before another one's turn."""
         while (chunk := (await self._pipeline.to_write.get())[2]) is not None:
             began = now()
-            if await self._write(chunk.batch, chunk.rows):
-                chunk.batch.lane.write_size.took(len(chunk.batch.writes[chunk.rows]), now() - began)
+            written = await self._write(chunk.batch, chunk.rows)
+            elapsed = now() - began
+            self._pipeline.meters.stages["writing"] += elapsed
+            rows = len(chunk.batch.writes[chunk.rows])
+            chunk.batch.stages.append(Stage("writing", began, began + elapsed, rows))
+            if written:
+                chunk.batch.lane.write_size.took(rows, elapsed)
+            self._pipeline.done_with(chunk.batch, rows)
             self._pipeline.written()
 
     async def _write(self, batch: Batch, chunk: slice) -> bool:
@@ -44,32 +51,39 @@ class Writing:
         try:
             done = await self._writers.write(batch.column, batch.writes[chunk], batch.vectors[chunk])
         except psycopg.Error as error:
-            await self._not_written(batch, chunk, from_database(error, f"writing {batch.column.label}"))
+            await self._not_written(batch, chunk, from_database(error, f"writing {batch.column.label}", of_rows=True))
             return False
         await self._written(batch, chunk, done)
         return True
 
     async def _written(self, batch: Batch, chunk: slice, done: set[int]) -> None:
         failpoints.reached("written")
-        lane = batch.lane
+        lane, meter = batch.lane, batch.lane.meter
         entries, writes = batch.entries[chunk], batch.writes[chunk]
+        committed = [at for index in done if (at := entries[index].committed_at) and writes[index].has_vector]
         self._pipeline.judged(batch, (entry for index, entry in enumerate(entries) if index in done))
         if killers := [writes[index].key for index in done if writes[index].error is KILLED_THE_PROCESS]:
             await self._watch.sentence(lane, killers)
+        meter.guard_misses += len(entries) - len(done)
+        meter.retried += len(entries) - len(done)
         for index, entry in enumerate(entries):
             if index not in done:
                 batch.pending.give_back([entry], now(), min(RETRY_SECONDS, 0.02 * 2 ** min(entry.tries, 7)))
         for index in done:
             write = writes[index]
             if write.error is not None:
-                lane.rejected += 1
+                meter.failed += 1
                 lane.scan.failed += lane.scan.running
                 lane.last_error = write.error
             elif write.has_vector:
-                lane.embedded += 1
+                meter.embedded += 1
+                meter.truncated += write.truncated
                 lane.scan.current += lane.scan.running
             else:
-                lane.cleared += 1
+                meter.cleared += 1
+        if committed:
+            present = time.time()
+            meter.commit_to_vector.observe(*(max(0.0, present - at) for at in committed))
         if not done:
             self._configuration.wake.set()
 
@@ -90,5 +104,6 @@ class Writing:
                 batch.writes[chunk] = [Write(writes[0].key, writes[0].fingerprint, False, keep=True, error=refused)]
                 await self._write(batch, chunk)
                 return
+        batch.lane.meter.retried += len(entries)
         batch.pending.give_back(entries, now(), RETRY_SECONDS)
         await self._pipeline.trouble(batch.lane, problem)

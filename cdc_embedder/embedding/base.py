@@ -45,12 +45,29 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What a call cost beside its tokens: `padding` tokens, seconds of tokenizing, and seconds that the device was busy
+    with it and with no other call (None: it cannot tell)."""
+
+    padding: int = 0
+    tokenizing_s: float = 0.0
+    device_s: float | None = None
+
+    def __add__(self, other: Spent) -> Spent:
+        device = [part for part in (self.device_s, other.device_s) if part is not None]
+        return Spent(
+            self.padding + other.padding, self.tokenizing_s + other.tokenizing_s, sum(device) if device else None
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Embedded:
     """What a call gave: `vectors` as the model made them, which texts lost their tail, and how many tokens it was."""
 
     vectors: Vectors
     truncated: NDArray[np.bool_]
     tokens: int
+    spent: Spent = Spent()
 
 
 class Embedder(Protocol):

@@ -44,14 +44,29 @@ def answer(embedder: Embedder, texts: Sequence[str], input_type: InputType) -> E
     try:
         return embedder.embed(texts, input_type)
     except Exception as error:
-        return Failure.of(in_our_words(error))
+        return Failure.of(in_our_words(error, texts))
 
 
-def in_our_words(error: Exception) -> Problem:
-    """What a model raised, as TextRejected where it may be the text's fault, else as EmbedderDown."""
+def in_our_words(error: Exception, texts: Sequence[str]) -> Problem:
+    """What a model raised on `texts`, as TextRejected where it may be the text's fault, else as EmbedderDown.
+
+    What a device or a library says is worth knowing, unless it quotes.
+    """
     if isinstance(error, Problem):
         return error
     if isinstance(error, _TEXT_ERRORS):
         return TextRejected(f"the model failed on the text ({type(error).__name__})")
-    detail = f": {str(error).splitlines()[0][:300]}" if isinstance(error, RuntimeError | OSError) and str(error) else ""
-    return EmbedderDown(f"the embedder failed ({type(error).__name__}{detail})")
+    detail = str(error).splitlines()[0][:300] if isinstance(error, RuntimeError | OSError) and str(error) else ""
+    shown = f": {detail}" if detail and not _quotes(detail, texts) else ""
+    return EmbedderDown(f"the embedder failed ({type(error).__name__}{shown})")
+
+
+def _quotes(detail: str, texts: Sequence[str]) -> bool:
+    """Whether some of a text may be in `detail`: a dozen characters in a row, or a short one as a whole."""
+    said = detail.casefold()
+    pieces = {said[start : start + 12] for start in range(max(1, len(said) - 11))}
+    return any(
+        text in said if len(text) <= 12 else any(piece in text for piece in pieces)
+        for text in (text.casefold() for text in texts)
+        if len(text.strip()) > 3
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cdc_embedder.embedding.base import Embedded, Embedder, InputType, ModelSpec, Vectors, finish
+from cdc_embedder.embedding.base import Embedded, Embedder, InputType, ModelSpec, Spent, Vectors, finish
 from cdc_embedder.embedding.crossing import in_our_words
 from cdc_embedder.errors import EmbedderDown, ModelFault, TextRejected
 
@@ -28,6 +28,7 @@ class Outcome:
     errors: dict[int, str]
     truncated: NDArray[np.bool_]
     tokens: int
+    spent: Spent
 
 
 def embed_isolating(embedder: Embedder, spec: ModelSpec, texts: Sequence[str], input_type: InputType) -> Outcome:
@@ -35,7 +36,7 @@ def embed_isolating(embedder: Embedder, spec: ModelSpec, texts: Sequence[str], i
     vectors: Vectors = np.zeros((len(texts), spec.dimensions), dtype=np.float32)
     truncated = np.zeros(len(texts), dtype=np.bool_)
     errors: dict[int, str] = {}
-    tokens = 0
+    tokens, spent = 0, Spent()
     parts = [range(len(texts))] if texts else []
     while parts:
         part = parts.pop()
@@ -53,9 +54,10 @@ def embed_isolating(embedder: Embedder, spec: ModelSpec, texts: Sequence[str], i
         vectors[part.start : part.stop] = finished if good.all() else np.where(good[:, None], finished, 0)
         truncated[part.start : part.stop] = embedded.truncated
         tokens += embedded.tokens
+        spent += embedded.spent
         for bad in np.flatnonzero(~good):
             errors[part[int(bad)]] = "the model gave this text a vector that is zero or not finite"
-    return Outcome(vectors, errors, truncated, tokens)
+    return Outcome(vectors, errors, truncated, tokens, spent)
 
 
 def _call(embedder: Embedder, texts: list[str], input_type: InputType) -> Embedded:
@@ -63,7 +65,7 @@ def _call(embedder: Embedder, texts: list[str], input_type: InputType) -> Embedd
     try:
         embedded = embedder.embed(texts, input_type)
     except Exception as error:
-        problem = in_our_words(error)
+        problem = in_our_words(error, texts)
         if problem is error:
             raise
         raise problem from None if isinstance(problem, TextRejected) else error

@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as transformers_logging
 
 from cdc_embedder.embedding import calibration, model_source
-from cdc_embedder.embedding.base import Embedded, InputType, ModelSpec, Vectors
+from cdc_embedder.embedding.base import Embedded, InputType, ModelSpec, Spent, Vectors
 from cdc_embedder.embedding.forward import Forward, Library, Padded, Work, fastest_that_is_right
 from cdc_embedder.embedding.loading import device_called, dtype_called, own_tokenizing, prompt_for, token_limit
 from cdc_embedder.embedding.modelrow import check_options, number_option
@@ -87,6 +87,8 @@ class LocalEmbedder:
         self._spec = spec
         self._device = device_called(device)
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._busy_until = 0.0
         source = model_source.locate(spec)
         dtype = dtype_called(spec.dtype, self._device)
         truncate_dim = int(number_option(spec, "truncate_dim", 0, least=0)) or None
@@ -137,6 +139,7 @@ class LocalEmbedder:
         places: dict[str, int] = {}
         rows = np.array([places.setdefault(text, len(places)) for text in texts], dtype=np.intp)
         once = list(places)
+        began = time.perf_counter()
         bounded = once if self._limit is None else [text[:MOST_CHARACTERS] for text in once]
         tokenized = self._tokenize(self._prompts[input_type], bounded)
         truncated = np.array([len(b) < len(t) for b, t in zip(bounded, once, strict=True)], dtype=np.bool_)
@@ -150,9 +153,11 @@ class LocalEmbedder:
             truncated |= tokenized.truncated
             lengths = np.array([len(own) for own in tokenized.ids], dtype=np.int64)
             work = Work(bounded, tokenized.ids, lengths, input_type)
+        tokenizing_s = time.perf_counter() - began
         with torch.inference_mode():
-            vectors = self._by_budget(work)
-        return Embedded(vectors[rows], truncated[rows], int(lengths[rows].sum()))
+            vectors, padding, device_s = self._by_budget(work)
+        spent = Spent(padding, tokenizing_s, device_s)
+        return Embedded(vectors[rows], truncated[rows], int(lengths[rows].sum()), spent)
 
     def close(self) -> None:
         """Free the device's memory, after the batches under way."""
@@ -235,20 +240,25 @@ class LocalEmbedder:
         with torch.inference_mode():
             return calibration.budget(key, rate, fallback=self._budget)
 
-    def _by_budget(self, work: Work) -> Vectors:
-        """Longest first, so that memory runs out at once if at all. A batch is started before the last is awaited."""
+    def _by_budget(self, work: Work) -> tuple[Vectors, int, float]:
+        """Vectors, tokens of padding, and for how many seconds the device was busy with this and nothing else.
+
+        Longest first, so that memory runs out at once if at all. A batch is started before the last is awaited.
+        """
         order = np.argsort(-work.lengths, kind="stable")
         lengths = work.lengths[order]
         under_way: deque[Finish] = deque()
         rows: list[Vectors] = []
-        start = 0
+        start = padding = 0
         with self._lock:
             forward = self._open_forward()
+            began = time.perf_counter()
             while start < len(order):
                 stop = start + forward.fit(lengths[start:], self._budget)
                 finish = self._start(forward, work, order[start:stop])
                 if finish is not None:
                     under_way.append(finish)
+                    padding += forward.tokens(lengths[start:stop]) - int(lengths[start:stop].sum())
                     start = stop
                     self._budget = min(self._full_budget, self._budget + self._budget // 8 + 1)
                     if len(under_way) > 1:
@@ -268,7 +278,13 @@ class LocalEmbedder:
         out: Vectors = np.empty((len(order), rows[0].shape[1] if rows else self._spec.dimensions), dtype=np.float32)
         if rows:
             out[order] = np.concatenate(rows)
-        return out
+        return out, padding, self._busy(began, time.perf_counter())
+
+    def _busy(self, began: float, ended: float) -> float:
+        """How much of the time from `began` to `ended` no call before has counted."""
+        with self._counting:
+            began, self._busy_until = max(began, self._busy_until), max(ended, self._busy_until)
+        return max(0.0, ended - began)
 
     def _start(self, forward: Forward, work: Work, rows: NDArray[np.intp]) -> Finish | None:
         """One batch on its way; None where memory ran out (outside the except clause, which keeps the tensors)."""

@@ -62,6 +62,12 @@ class Embedders:
                 entry.embedder = self._load(spec)
             return entry.embedder
 
+    def has(self, spec: ModelSpec) -> bool:
+        """Whether `spec` is loaded."""
+        with self._lock:
+            entry = self._entries.get(spec)
+        return entry is not None and entry.embedder is not None
+
     def forget(self, spec: ModelSpec) -> None:
         """Free what is held for `spec`; the next `get` loads it anew."""
         with self._lock:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cdc_embedder.embedding.base import Embedded
+from cdc_embedder.embedding.base import Embedded, Spent
 from cdc_embedder.errors import EmbedderDown
 
 _SMALLEST = 1 << 20
@@ -116,11 +116,11 @@ def put_vectors(view: memoryview, embedded: Embedded) -> None:
     np.ndarray(count, np.bool_, view, 4 * count * dimensions)[:] = embedded.truncated
 
 
-def get_vectors(view: memoryview, count: int, dimensions: int, tokens: int) -> Embedded:
+def get_vectors(view: memoryview, count: int, dimensions: int, tokens: int, spent: Spent) -> Embedded:
     """A copy of what was put."""
     vectors = np.ndarray((count, dimensions), np.float32, view).copy()
     truncated = np.ndarray(count, np.bool_, view, 4 * count * dimensions).copy()
-    return Embedded(vectors, truncated, tokens)
+    return Embedded(vectors, truncated, tokens, spent)
 
 
 def _reserve(name: str, size: int) -> None:

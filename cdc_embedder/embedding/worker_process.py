@@ -114,7 +114,7 @@ class _Desk:
             if isinstance(result, Embedded):
                 self._check(result, count)
                 shared.put_vectors(vectors, result)
-                self._voice.say("done", self._number, result.tokens)
+                self._voice.say("done", self._number, (result.tokens, result.spent))
                 return
             failure = result
         except Problem as problem:

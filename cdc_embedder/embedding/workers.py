@@ -213,7 +213,7 @@ class Worker:
     def _result(self, slot: _Slot, count: int) -> Embedded:
         kind, _, content = slot.answers.get()
         if kind == "done":
-            return shared.get_vectors(slot.vectors.view, count, self._spec.dimensions, content)
+            return shared.get_vectors(slot.vectors.view, count, self._spec.dimensions, *content)
         problem: Problem | None = None
         if kind == "failed":
             problem = content.problem()

@@ -3,6 +3,8 @@
 A spill is one statement: it is durable when that has committed (our sessions are pinned to that), and only then may the
 watermark move on. A key that is spilled again keeps `first_lsn` and has the rest renewed, `seq` above all: a row is
 removed only by who knows its `seq`. It is an INSERT from arrays and no COPY, because a key may be there already.
+Rule 9 holds for it as for a write-back: an instance that was replaced would leave rows that its successor, which reads
+the same changes from the slot, does not know of.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from cdc_embedder.catalog import EmbeddingColumn
+from cdc_embedder.errors import SlotBusy
 from cdc_embedder.lsn import LSN
 from cdc_embedder.pending import Key, Spill
 from cdc_embedder.rows import expressions as e
 from cdc_embedder.rows.session import Connection, one
+from cdc_embedder.rows.writeback import Term
 from cdc_embedder.visibility import widen
 
 SPILL = 10_000
@@ -38,17 +42,19 @@ class Spilled:
     xid: int | None
 
 
-async def spill(connection: Connection, column: EmbeddingColumn, spills: Sequence[Spill]) -> tuple[int, int]:
+async def spill(
+    connection: Connection, column: EmbeddingColumn, term: Term, spills: Sequence[Spill]
+) -> tuple[int, int]:
     """Write the keys: (seq of the first, the others follow it; rows that were not there before).
 
-    Durable when it returns. Raises psycopg.Error as it comes.
+    Durable when it returns. Raises SlotBusy, with nothing written, where the term is over; psycopg.Error as it comes.
     """
     row = await one(connection, "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::int8")
     assert row is not None
     keys = [spill.key for spill in spills]
     found = await one(
         connection,
-        _spill(column),
+        _spill(column, term),
         [
             *([key[n] for key in keys] for n in range(len(column.key))),
             [str(spill.first) for spill in spills],
@@ -57,7 +63,10 @@ async def spill(connection: Connection, column: EmbeddingColumn, spills: Sequenc
         ],
     )
     assert found is not None
-    return found[0], found[1]
+    first, fresh = found
+    if first is None:
+        raise SlotBusy(f"another instance took over the slot {term.slot} before keys of {column.label} were spilled")
+    return first, fresh
 
 
 async def page(connection: Connection, column: EmbeddingColumn, after: int) -> list[Spilled]:
@@ -120,12 +129,13 @@ def _arrays(column: EmbeddingColumn) -> e.Composed:
     return sql.SQL(", ").join(sql.SQL(f"${n + 1}::text[]") for n in range(len(column.key)))
 
 
-def _spill(column: EmbeddingColumn) -> sql.Composed:
+def _spill(column: EmbeddingColumn, term: Term) -> sql.Composed:
     """Two spellings of one key (1.0 and 1.00) are one row, with the xid of the later transaction, and with its seq: who
     holds the other one removes nothing."""
     width, comma = len(column.key), sql.SQL(", ").join
     return sql.SQL(
-        "WITH base AS MATERIALIZED (SELECT nextval({sequence}::regclass) * {seqs} AS seq), given AS ("
+        "WITH guard AS MATERIALIZED (SELECT FROM cdc_embedder.leader WHERE slot = {slot} AND term = {term} FOR SHARE),"
+        " base AS MATERIALIZED (SELECT nextval({sequence}::regclass) * {seqs} AS seq FROM guard), given AS ("
         " SELECT {names}, first_lsn, last_lsn, xid, seq FROM {backlog} WHERE false"  # its types and collations
         " UNION ALL SELECT {typed}, i.first_lsn, i.last_lsn, i.xid, base.seq + i.ordinal - 1 AS seq"
         "   FROM unnest({arrays}, {first}::text[]::pg_lsn[], {last}::text[]::pg_lsn[], {xid}::text[]::xid8[])"
@@ -141,6 +151,8 @@ def _spill(column: EmbeddingColumn) -> sql.Composed:
         " RETURNING b.xmax = 0 AS fresh)"
         " SELECT (SELECT seq FROM base), count(*) FILTER (WHERE fresh) FROM written"
     ).format(
+        slot=sql.Literal(term.slot),
+        term=sql.Literal(term.number),
         sequence=sql.Literal(f"cdc_embedder.backlog_{column.id}_seq"),
         seqs=sql.Literal(_SEQS),
         typed=comma(

@@ -68,8 +68,15 @@ def key_text(column: EmbeddingColumn, alias: str = "t") -> Composed:
 
 
 def text(column: EmbeddingColumn, alias: str = "t") -> Composed:
-    """The text to embed: NULL when every source column is NULL; else those that are not, joined by the separator."""
+    """The text to embed: NULL when every source column is NULL; else those that are not, joined by the separator, or
+    put into the template, where a column that is NULL leaves nothing."""
     parts = _parts(column, alias)
+    if column.template is not None:
+        filled = [
+            sql.Literal(part) if isinstance(part, str) else sql.SQL("coalesce({}, '')").format(parts[part])
+            for part in column.template
+        ]
+        return sql.SQL("CASE WHEN NOT {} THEN {} END").format(is_null(column, alias), sql.SQL(" || ").join(filled))
     if len(parts) == 1:
         return parts[0]
     return sql.SQL("CASE WHEN {} THEN NULL ELSE concat_ws({}, {}) END").format(

@@ -97,12 +97,17 @@ async def scan_checkpoint(connection: Connection, column: int, unfinished: Unfin
 
 
 async def scan_finished(connection: Connection, lane: Lane, request: str) -> None:
-    """The pass is complete and its keys are judged; a later request stays open. Without a stream it never counts."""
+    """The pass is complete and its keys are judged; a later request stays open. Without a stream it never counts.
+
+    Nothing is adopted after it (see `rows.adoption`).
+    """
     scan = lane.scan
     await connection.execute(
-        "UPDATE cdc_embedder.scan SET finished_at = greatest($2::timestamptz, started_at), counted = $8,"
-        ' rows = $3, "null" = $4, current = $5, failed = $6, truncated = $7, unfinished = NULL'
-        " WHERE column_id = $1 AND coalesce(requested_at, 'epoch') = $2::timestamptz",
+        "WITH finished AS (UPDATE cdc_embedder.scan SET finished_at = greatest($2::timestamptz, started_at),"
+        ' counted = $8, rows = $3, "null" = $4, current = $5, failed = $6, truncated = $7, unfinished = NULL'
+        " WHERE column_id = $1 AND coalesce(requested_at, 'epoch') = $2::timestamptz RETURNING column_id)"
+        " UPDATE cdc_embedder.generation g SET adopting = false"
+        "   FROM finished f WHERE g.column_id = f.column_id AND g.adopting",
         (lane.column.id, request, scan.rows, scan.null, scan.current, scan.failed, scan.truncated, scan.counted),
     )
 
@@ -229,6 +234,28 @@ async def take_term(connection: Connection, slot: str, service: str) -> int:
     )
     assert row is not None
     return int(row[0])
+
+
+async def give_up(connection: Connection, slot: str, retained_bytes: int, reason: str) -> None:
+    """Note, durably, that the slot was given up, with a scan of each of its columns requested."""
+    async with connection.transaction():
+        cursor = await connection.execute("SELECT id FROM cdc_embedder.embedding_column WHERE slot = $1", (slot,))
+        await want_scan(connection, [row[0] for row in await cursor.fetchall()], reason)
+        await connection.execute(
+            "INSERT INTO cdc_embedder.given_up AS g (slot, retained_bytes) VALUES ($1, $2) ON CONFLICT (slot) DO UPDATE"
+            " SET at = excluded.at, retained_bytes = excluded.retained_bytes",
+            (slot, retained_bytes),
+        )
+
+
+async def given_up(connection: Connection, slot: str) -> bool:
+    """Whether the slot was given up, and is not to be made again yet."""
+    return await one(connection, "SELECT FROM cdc_embedder.given_up WHERE slot = $1", (slot,)) is not None
+
+
+async def take_again(connection: Connection, slot: str) -> None:
+    """The slot may be made again."""
+    await connection.execute("DELETE FROM cdc_embedder.given_up WHERE slot = $1", (slot,))
 
 
 _HERE = """

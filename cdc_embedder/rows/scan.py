@@ -18,6 +18,9 @@ from cdc_embedder.rows import expressions as e
 from cdc_embedder.rows import fetch
 from cdc_embedder.rows.session import Connection, one
 
+MOST_FAILED = 100_000
+"""More failed rows are not counted."""
+
 PAGE = 1000
 """Rows a page."""
 
@@ -63,6 +66,18 @@ async def due(connection: Connection, column: EmbeddingColumn, limit: int) -> li
         ).format(sql.SQL(", ").join(keys), e.ledger(column), sql.Literal(limit))
     )
     return [tuple(key) for key in await cursor.fetchall()]
+
+
+async def failed(connection: Connection, column: EmbeddingColumn) -> int:
+    """How many rows have failed, of any generation; MOST_FAILED where it is more."""
+    row = await one(
+        connection,
+        sql.SQL("SELECT count(*) FROM (SELECT FROM {} l WHERE l.state = 'failed' LIMIT {}) f").format(
+            e.ledger(column), sql.Literal(MOST_FAILED)
+        ),
+    )
+    assert row is not None
+    return int(row[0])
 
 
 async def holds_vectors(connection: Connection, column: EmbeddingColumn) -> bool:

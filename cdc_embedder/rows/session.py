@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -116,6 +117,13 @@ async def connect(dsn: str, purpose: str, **settings: str) -> Connection:
     if limit := int(pins["statement_timeout"]):
         connection.answer_within_s = limit / 1000 + GRACE_SECONDS
     connection.cursor_factory = psycopg.AsyncRawCursor  # $1 in statements: identifiers may hold percent signs
+    return connection
+
+
+async def open_in(stack: AsyncExitStack, dsn: str, purpose: str, **settings: str) -> Connection:
+    """`connect`, closed with `stack`."""
+    connection = await connect(dsn, purpose, **settings)
+    stack.push_async_callback(connection.close)
     return connection
 
 

@@ -149,7 +149,8 @@ _NO_TRIGGERS = """ AND NOT EXISTS (
            SELECT FROM pg_trigger g
             WHERE (g.tgrelid = {oid} OR g.tgrelid IN (SELECT relid FROM pg_partition_tree({oid}::regclass)))
               AND NOT g.tgisinternal AND g.tgtype & 16 <> 0
-              AND strpos({enabled}, g.tgenabled::text) > 0)"""
+              AND strpos({enabled}, g.tgenabled::text) > 0
+              AND g.tgfoid NOT IN (SELECT oid FROM pg_proc WHERE pronamespace = 'cdc_embedder'::regnamespace))"""
 
 
 def _statement(column: EmbeddingColumn, term: Term, without_triggers: str | None) -> sql.Composed:

@@ -15,6 +15,9 @@ from cdc_embedder.database_errors import from_database
 from cdc_embedder.errors import Misconfigured, Problem, SlotBusy, Temporary
 from cdc_embedder.lsn import LSN
 
+CONFLICTS = ("conflict", "rows_removed")
+"""Reasons why a standby gives a slot up; 16 has one word for all of them."""
+
 
 class SlotLost(Temporary):
     """The slot is gone or was invalidated: what happened since is in no stream. Make it anew and scan everything."""
@@ -46,6 +49,7 @@ class Slot:
     confirmed_flush_lsn: LSN | None
     two_phase: bool
     failover: bool
+    synced: bool
     invalidation_reason: str | None
 
     @property
@@ -191,9 +195,16 @@ def _wrong_state(error: psycopg.Error, name: str, around: Surroundings) -> Probl
             sqlstate="55000",
         )
     if slot.lost:
+        conflict = slot.invalidation_reason in CONFLICTS
+        remedy = (
+            "set hot_standby_feedback and primary_slot_name on the standby"
+            if conflict
+            else "raise max_slot_wal_keep_size"
+        )
         return SlotLost(
-            f"the server gave up the replication slot {name!r} ({slot.invalidation_reason}): log it needed is gone",
-            hint="it is made anew and every table scanned; if this comes back raise max_slot_wal_keep_size",
+            f"the server gave up the replication slot {name!r} ({slot.invalidation_reason}):"
+            f" {'rows of catalogs' if conflict else 'log'} it needed {'are' if conflict else 'is'} gone",
+            hint=f"it is made anew and every table scanned; if this comes back {remedy}",
             sqlstate="55000",
         )
     return from_database(error, f"replication slot {name!r}")

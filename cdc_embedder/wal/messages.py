@@ -18,10 +18,14 @@ Values = Mapping[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A committed transaction starts. `commit_lsn` is where its commit record begins; `xid` has 32 bits."""
+    """A committed transaction starts. `commit_lsn` is where its commit record begins; `xid` has 32 bits.
+
+    `committed_at`: by the server's clock, seconds since 1970; None where the plugin was not asked for it.
+    """
 
     xid: int
     commit_lsn: LSN
+    committed_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,9 @@ _Columns = tuple[tuple[str | None, "Binary | None"], ...]
 
 _INT16 = Struct("!H").unpack_from
 _INT32 = Struct("!I").unpack_from
+POSTGRES_EPOCH = 946_684_800.0
+"""2000-01-01 UTC, from which PostgreSQL counts, in seconds since 1970."""
+
 _BEGIN = Struct("!xQqI")
 _COMMIT = Struct("!xBQQq")
 _ORIGIN = Struct("!xQ")
@@ -120,8 +123,8 @@ class PgOutputDecoder:
             case 0x55:  # U
                 return self._update(data)
             case 0x42:  # B
-                commit_lsn, _, xid = _BEGIN.unpack_from(data)
-                return Begin(xid, LSN(commit_lsn)), _BEGIN.size
+                commit_lsn, microseconds, xid = _BEGIN.unpack_from(data)
+                return Begin(xid, LSN(commit_lsn), microseconds / 1e6 + POSTGRES_EPOCH), _BEGIN.size
             case 0x43:  # C
                 self._own = False
                 _, commit_lsn, end_lsn, _ = _COMMIT.unpack_from(data)

@@ -167,10 +167,10 @@ async def _scalar(conn: Connection, statement: LiteralString, name: str) -> Any:
 def _slot(row: Mapping[str, Any]) -> Slot:
     """From the row as JSON, which has the columns that this server's version has."""
     reason = row.get("invalidation_reason")
-    if reason is None and row.get("wal_status") == "lost":  # before 17 this is all there is
-        reason = "wal_removed"
     if reason is None and row.get("conflicting"):  # 16 only has the flag
         reason = "conflict"
+    if reason is None and row.get("wal_status") == "lost":  # before 17 this is all there is
+        reason = "wal_removed"
     return Slot(
         name=row["slot_name"],
         plugin=row["plugin"],
@@ -183,6 +183,7 @@ def _slot(row: Mapping[str, Any]) -> Slot:
         confirmed_flush_lsn=_lsn(row["confirmed_flush_lsn"]),
         two_phase=row["two_phase"],
         failover=bool(row.get("failover")),
+        synced=bool(row.get("synced")),
         invalidation_reason=reason,
     )
 

@@ -52,7 +52,7 @@ PINS = {
 
 BATCH_MESSAGES = 1000
 BATCH_BYTES = 1 << 20
-_STATUS_GAP_S = 1.0  # status updates in answer to `confirm`; the server may write its slot file for each
+_STATUS_GAP_S = 0.1  # status updates in answer to `confirm`; the server may write its slot file for each
 _STOPPING_PINGS = 10  # keepalives in a row that want a reply, answered and without any progress, within
 _STOPPING_PINGS_S = 10.0
 

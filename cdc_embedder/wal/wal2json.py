@@ -9,6 +9,7 @@ The JSON is in the *server's* encoding, whatever client_encoding says. Source: h
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import TypeVar
 
 import msgspec
@@ -49,6 +50,7 @@ def options(
         "include-lsn": "true",
         "include-xids": "true",
         "include-origin": "true",
+        "include-timestamp": "true",
         "include-pk": "true",
         "include-types": "true",
         "include-typmod": "false",
@@ -79,6 +81,7 @@ class _Event(msgspec.Struct, gc=False):
     origin: int | None = None
     lsn: str | None = None
     nextlsn: str | None = None
+    timestamp: str | None = None
     schema: str | None = None
     table: str | None = None
     columns: list[_Column] = []
@@ -114,7 +117,10 @@ class Wal2JsonDecoder:
             return self._messages(self._event(self._text(payload)))
         except (msgspec.DecodeError, ValueError, RecursionError) as cause:
             # not str(cause): it may quote the row
-            raise ProtocolError(f"a wal2json message of {len(payload)} bytes is cut short or damaged") from cause
+            raise NotCarried(
+                f"a wal2json message of {len(payload)} bytes is cut short or damaged",
+                hint="of types in schemas whose names need quotes it makes no JSON: a slot with pgoutput is needed",
+            ) from cause
 
     def _text(self, payload: memoryview | bytes) -> memoryview | bytes | str:
         if self._codec is None:
@@ -137,7 +143,8 @@ class Wal2JsonDecoder:
                 values = self._values(event.columns, key)
                 return (Update(relation, values, self._values(event.identity, key)),)
             case "B":
-                begin = Begin(_given(event.xid, "xid"), _lsn(event.lsn))
+                at = None if event.timestamp is None else datetime.fromisoformat(event.timestamp).timestamp()
+                begin = Begin(_given(event.xid, "xid"), _lsn(event.lsn), at)
                 return (begin, Origin(id=event.origin)) if event.origin else (begin,)
             case "C":
                 return (Commit(_lsn(event.lsn), _lsn(event.nextlsn)),)
