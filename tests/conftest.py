@@ -5,7 +5,6 @@ A missing server is a failure with `CI=true`; elsewhere its tests are skipped an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from cdc_embedder.embedded import Server
 from cdc_embedder.errors import Misconfigured
 from tests import servers
+from tests.lacking import lacks
 from tests.servers import Bench
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -25,14 +25,8 @@ def _server(bindir: Callable[[], Path]) -> Iterator[Server]:
     try:
         found = bindir()
     except Misconfigured as missing:
-        _lacks(str(missing))
+        lacks(str(missing))
     yield from servers.serve(found)
-
-
-def _lacks(what: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"this machine lacks {what}")
-    pytest.skip(f"this machine lacks {what}")
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +46,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """A fresh database on each server with each of its plugins."""
     major, plugin = request.param.split("-")
     if plugin == "wal2json" and not servers.WAL2JSON_15.exists():
-        _lacks("wal2json (package postgresql-15-wal2json)")
+        lacks("wal2json (package postgresql-15-wal2json)")
     yield from servers.make_bench(request.getfixturevalue(f"pg{major}"), plugin)
 
 

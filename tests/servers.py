@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +117,33 @@ def bench_with(bindir: Path, plugin: str, settings: dict[str, str]) -> Iterator[
             yield from make_bench(server, plugin)
         finally:
             server.stop("immediate")
+
+
+@contextmanager
+def standby_of(primary: Server, directory: Path, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A streaming standby, running."""
+    with clone_of(primary, directory / "standby", settings, "-R") as standby:
+        standby.start()
+        yield standby
+
+
+@contextmanager
+def clone_of(
+    server: Server, directory: Path, settings: Mapping[str, str] | None = None, *options: str
+) -> Iterator[Server]:
+    """A copy of it, not started yet. `options` of pg_basebackup."""
+    clone = Server(server.bindir, directory, FAST | dict(settings or {}))
+    clone.directory.mkdir()
+    command = [server.bindir / "pg_basebackup", "-d", server.dsn(), "-D", clone.data, "-c", "fast", "-X", "stream"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    if os.geteuid() == 0:
+        owner = server.data.stat()
+        for path in [clone.directory, *clone.directory.rglob("*")]:
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    try:
+        yield clone
+    finally:
+        clone.stop("immediate")
 
 
 def make_bench(server: Server, plugin: str) -> Iterator[Bench]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg import sql
 
 from cdc_embedder.embedding.fake import fake_vector
 
@@ -101,15 +102,41 @@ class Service:
 
 @contextmanager
 def running(bench: Any, module: str = "cdc_embedder", **environment: str) -> Iterator[Service]:
-    """The service from start to end; a failing test shows its log."""
+    """The service from start to end; a failing test shows its log. However it went, no text of a row is in it."""
     service = Service(bench, module, **environment).start()
     try:
         yield service
+        assert_no_text_was_logged(bench, service.log)
     except BaseException:
         print(service.log)
         raise
     finally:
         service.end()
+
+
+def assert_no_text_was_logged(bench: Any, log: str) -> None:
+    """None of the longer texts that configured columns are made of now."""
+    try:
+        with psycopg.connect(
+            bench.dsn_admin, autocommit=True, options="-c statement_timeout=5s", client_encoding="UTF8"
+        ) as session:
+            texts = {
+                text
+                for schema, table, columns in session.execute(
+                    "SELECT n.nspname, t.relname, c.source_columns FROM cdc_embedder.embedding_column c"
+                    "  JOIN pg_class t ON t.oid = c.source_table JOIN pg_namespace n ON n.oid = t.relnamespace"
+                ).fetchall()
+                for column in columns
+                for (text,) in session.execute(
+                    sql.SQL("SELECT {0}::text FROM {1} WHERE length({0}::text) BETWEEN 9 AND 200 LIMIT 500").format(
+                        sql.Identifier(column), sql.Identifier(schema, table)
+                    )
+                ).fetchall()
+            }
+    except (psycopg.Error, UnicodeDecodeError):
+        return  # the test took the server, the schema or the table away, or the texts are none
+    told = [text for text in texts if text in log]
+    assert not told, f"the log holds texts of rows: {told}"
 
 
 def until(true: Callable[[], object], otherwise: str, detail: Callable[[], object] = lambda: "") -> None:
@@ -177,9 +204,13 @@ def confirmed(bench: Any, target: str) -> bool:
 
 
 def wait_caught_up(bench: Any) -> None:
-    """Wait until what is committed now is embedded: the slot passes the present position, then all is current."""
+    """Wait until what is committed now is embedded: the slot passes the present position, then all is current.
+
+    What the service reports may be a second old; what is in the backlog, and which scans are wanted, is not.
+    """
     target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
     until(lambda: confirmed(bench, target), "the slot was never confirmed that far", lambda: status(bench))
+    until(lambda: bench.admin.execute(_NOTHING_LEFT).fetchone()[0], "something was left", lambda: status(bench))
     until(
         lambda: (
             (rows := status(bench))
@@ -188,6 +219,13 @@ def wait_caught_up(bench: Any) -> None:
         "the columns were never current",
         lambda: status(bench),
     )
+
+
+_NOTHING_LEFT = """
+SELECT coalesce(bool_and(cdc_embedder._spilled_from(c.id) IS NULL
+                         AND coalesce(s.requested_at <= s.finished_at, s.requested_at IS NULL)), true)
+  FROM cdc_embedder.embedding_column c LEFT JOIN cdc_embedder.scan s ON s.column_id = c.id
+"""
 
 
 def assert_every_vector_is_of_its_text(

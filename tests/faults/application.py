@@ -30,7 +30,7 @@ def assert_sane(service: Service) -> None:
         level, _, said = line.partition(" ")[2].partition(" ")
         assert level in ("debug", "info", "warning", "error"), line
         if level == "warning":
-            assert re.search(r"trying again|scanned|is given up|query", said), line
+            assert re.search(r"trying again|scanned|is given up|query|pg_drop_replication_slot", said), line
 
 
 class Application(threading.Thread):

@@ -6,6 +6,7 @@ whatever happens to them.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -246,6 +247,70 @@ def test_changes_before_and_after_a_ddl_in_one_transaction_are_followed(bench: A
         until(lambda: right(bench, retyped, "retyped"), "retyped: stale", lambda: service.log)
         others_are_embedded(bench, "afterwards", service)
         wait_caught_up(bench)
+
+
+@pytest.mark.parametrize("name", ["key_replaced_in_one_transaction", "target_dropped"])
+def test_keys_that_come_while_a_column_takes_another_shape_are_taken_as_it_was(bench18: Any, name: str) -> None:
+    """The service sees the DDL, and is made to wait for a lock before it has let go of the keys it holds."""
+    bench, case = bench18, CASES[name]
+    make_model(bench)
+    make_table(bench, "t")
+    with running(bench) as service, psycopg.connect(bench.dsn_admin) as other:
+        wait_caught_up(bench)
+        other.execute("SELECT FROM cdc_embedder.scan FOR UPDATE")
+        run(bench, case.ddl, "t")
+        bench.admin.execute("NOTIFY cdc_embedder")
+        until(lambda: blocked_by(bench, other), "it never looked", lambda: service.log)
+        while blocked_by(bench, other):  # until its patience is at an end
+            bench.admin.execute("UPDATE t SET note = 'changed'")
+            time.sleep(0.01)
+        other.rollback()
+        run(bench, case.heal or "SELECT 1", "t")
+        run(bench, case.after, "t")
+        until(lambda: right(bench, case, "t"), "not every row has the vector of its text", lambda: service.log)
+        wait_caught_up(bench)
+        assert service.exit_status is None
+
+
+def test_a_column_that_is_removed_holds_nothing_back_while_the_same_look_waits(bench18: Any) -> None:
+    """Changes that arrive for it between its removal and the end of that look are passed over."""
+    bench = bench18
+    make_model(bench)
+    make_table(bench, "t")
+    bench.admin.execute("ALTER TABLE t ADD w real[]")
+    bench.grant("t", ["id"], ["body"], "w")
+    configure(bench, "t", "w")
+    with running(bench) as service, psycopg.connect(bench.dsn_admin) as other:
+        wait_caught_up(bench)
+        other.execute("SELECT FROM cdc_embedder.scan WHERE column_id = 2 FOR UPDATE")
+        with bench.admin.transaction():
+            run(
+                bench,
+                CASES["key_replaced_in_one_transaction"].ddl.removeprefix("BEGIN; ").removesuffix("; COMMIT"),
+                "t",
+            )
+            bench.admin.execute("DELETE FROM cdc_embedder.embedding_column WHERE id = 1")
+        until(lambda: blocked_by(bench, other), "the look never came to the other column", lambda: service.log)
+        bench.admin.execute("UPDATE t SET body = 'meanwhile'")
+        sent = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
+        until(
+            lambda: bench.admin.execute("SELECT bool_or(sent_lsn >= %s) FROM pg_stat_replication", (sent,)).fetchone()[
+                0
+            ],
+            "never sent",
+        )
+        other.rollback()
+        until(lambda: right(bench, Case("", target="w", rows=3), "t"), "stale", lambda: service.log)
+        wait_caught_up(bench)
+
+
+def blocked_by(bench: Any, session: psycopg.Connection[Any]) -> bool:
+    """Whether another session waits for a lock that this one holds."""
+    blocked = bench.admin.execute(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid)))",
+        (session.info.backend_pid,),
+    )
+    return bool(blocked.fetchone()[0])
 
 
 @both_plugins

@@ -225,7 +225,7 @@ def test_a_publication_that_is_dropped_is_made_anew_and_what_was_missed_is_found
             if stopped:
                 service.start()
             until(
-                lambda: bench.admin.execute("SELECT pubname FROM pg_publication").fetchone(),
+                lambda: bench.admin.execute(f"SELECT 1 FROM pg_publication WHERE pubname = '{bench.slot}'").fetchone(),
                 "no publication",
                 lambda: service.log,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -140,22 +141,65 @@ def test_rule_1_a_vector_whose_change_was_confirmed_survives_a_crash(pg18: Serve
         with running(bench) as service:
             wait_caught_up(bench)
             walwriter = one(bench, "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'")
-            os.kill(walwriter, signal.SIGSTOP)
-            down.touch()
-            bench.admin.execute("SELECT pg_log_standby_snapshot()")
-            bench.admin.execute("UPDATE documents SET body = 'confirmed' WHERE id = 1")
-            bench.admin.execute("SELECT pg_log_standby_snapshot()")  # a slot that is confirmed past one is saved
-            bench.admin.execute("INSERT INTO other VALUES (1)")
-            end = here(bench)
-            down.unlink()
-            until(lambda: confirmed(bench, end), "never confirmed", lambda: service.log)
-            os.kill(walwriter, signal.SIGKILL)  # the server takes that for a crash
-            bench.admin.close()
+            stop_between_writes(bench, walwriter)
+            try:
+                # A slot is saved when it is confirmed past a snapshot, and holds one at a time in mind. So none is left
+                # before the one that has to count.
+                before = snapshot(bench)
+                until(lambda: confirmed(bench, before), "never confirmed", lambda: service.log)
+                down.touch()
+                bench.admin.execute("UPDATE documents SET body = 'confirmed' WHERE id = 1")
+                changed = here(bench)
+                snapshot(bench)
+                down.unlink()
+                until(lambda: confirmed(bench, changed), "never confirmed", lambda: service.log)
+                until(lambda: saved(bench) >= LSN.parse(changed), "never saved", lambda: service.log)
+            finally:  # stopped it would hold up DROP DATABASE for ever
+                os.kill(walwriter, signal.SIGKILL)  # the server takes that for a crash
+            until(lambda: ended(bench), "the server never noticed")
             until(lambda: answers(bench), "the server never came back")
             bench.admin = psycopg.connect(bench.dsn_admin, autocommit=True)
-            assert confirmed(bench, end), "the slot came back as it was before: nothing was tested"
+            assert confirmed(bench, changed), "the slot came back as it was before: nothing was tested"
             wait_caught_up(bench)
             assert assert_every_vector_is_of_its_text(bench) == 3
+
+
+def snapshot(bench: Bench) -> str:
+    """Logs the running transactions, and flushes that. Returns the position after it."""
+    bench.admin.execute("SELECT pg_log_standby_snapshot()")
+    bench.admin.execute("INSERT INTO other VALUES (1)")
+    return here(bench)
+
+
+def saved(bench: Bench) -> int:
+    """What the slot's file says is confirmed (`ReplicationSlotOnDisk`, PostgreSQL 18)."""
+    state: bytes = one(bench, "SELECT pg_read_binary_file(format('pg_replslot/%%s/state', %s::text))", bench.slot)
+    assert state[16:].startswith(bench.slot.encode() + b"\0")
+    return int.from_bytes(state[112:120], sys.byteorder)
+
+
+def stop_between_writes(bench: Bench, pid: int) -> None:
+    """SIGSTOP for the WAL writer. Stopped while it writes it holds locks, and nobody else would ever get on."""
+    for _ in range(20):
+        os.kill(pid, signal.SIGSTOP)
+        with psycopg.connect(bench.dsn_admin, autocommit=True, options="-c synchronous_commit=on") as session:
+            message = "SELECT pg_logical_emit_message(true, 'nobody', repeat('x', 100000))"
+            writing = threading.Thread(target=session.execute, args=(message,))
+            writing.start()
+            writing.join(5)
+            if not writing.is_alive():
+                return
+            os.kill(pid, signal.SIGCONT)
+            writing.join()
+    raise AssertionError("the WAL writer was never met between two writes")
+
+
+def ended(bench: Bench) -> bool:
+    try:
+        bench.admin.execute("SELECT")
+    except psycopg.OperationalError:
+        return True
+    return False
 
 
 def answers(bench: Bench) -> bool:
@@ -257,16 +301,19 @@ async def test_rule_8_a_row_of_the_backlog_goes_only_with_the_judgement_of_its_l
     make_model(bench18)
     make_documents(bench18, 1)
     [column] = await catalog.load(session, bench18.slot)
-    pending = Pending(watermark := Watermark())
+    pending, term = (
+        Pending(watermark := Watermark()),
+        Term(bench18.slot, await requests.take_term(session, bench18.slot, "test")),
+    )
 
     def changed(xid: int, at: int) -> list[Spill]:
         pending.change(("1",), watermark.begin(LSN(at)), xid, now=0.0)
         return pending.holding(0.0, 10)
 
-    first, fresh = await backlog.spill(session, column, changed(900, 10))
+    first, fresh = await backlog.spill(session, column, term, changed(900, 10))
     assert fresh == 1
     pending.clear()
-    again, fresh = await backlog.spill(session, column, changed(901, 20))
+    again, fresh = await backlog.spill(session, column, term, changed(901, 20))
     assert (fresh, await backlog.remove(session, column, [(("1",), first)])) == (0, 0)
     [row] = await backlog.page(session, column, 0)
     assert row.seq == again > first

@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -191,6 +190,26 @@ def test_a_role_out_of_connections_is_waited_for(mortal: Bench) -> None:
             until(lambda: service.log.count("too many connections") >= 3, "it was not told", lambda: service.log)
             mortal.admin.execute(f"ALTER ROLE {SERVICE_ROLE} CONNECTION LIMIT -1")
             converges(mortal)
+    finally:
+        mortal.admin.execute(f"ALTER ROLE {SERVICE_ROLE} CONNECTION LIMIT -1")
+
+
+@pytest.mark.parametrize("own", ["15-wal2json"], indirect=True)  # which wants the most sessions
+def test_wherever_the_connections_run_out_nothing_is_left_half_made(mortal: Bench) -> None:
+    make_model(mortal)
+    make_documents(mortal, 3)
+    with served(mortal):
+        wait_caught_up(mortal)
+    ours = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{SERVICE_ROLE}'"
+    try:
+        for limit in range(1, 12):
+            mortal.admin.execute(f"ALTER ROLE {SERVICE_ROLE} CONNECTION LIMIT {limit}")
+            until(lambda: mortal.admin.execute(ours).fetchone() == (0,), "sessions remain")
+            with running(mortal) as service:
+                service.wait_for_log("too many connections")
+                service.wait_for_log("trying again in")
+                service.stop()
+                assert_sane(service)
     finally:
         mortal.admin.execute(f"ALTER ROLE {SERVICE_ROLE} CONNECTION LIMIT -1")
 
@@ -402,27 +421,6 @@ def flush(bench: Bench) -> None:
 # Failover
 
 
-@contextmanager
-def standby_of(primary: Server, directory: Path) -> Iterator[Server]:
-    """A streaming standby, running."""
-    standby = Server(primary.bindir, directory / "standby", servers.FAST)
-    standby.directory.mkdir()
-    subprocess.run(
-        [primary.bindir / "pg_basebackup", "-d", primary.dsn(), "-D", standby.data, "-R", "-c", "fast", "-X", "stream"],
-        check=True,
-        capture_output=True,
-    )
-    if os.geteuid() == 0:
-        owner = primary.data.stat()
-        for path in [standby.directory, *standby.directory.rglob("*")]:
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-    standby.start()
-    try:
-        yield standby
-    finally:
-        standby.stop("immediate")
-
-
 @pytest.mark.parametrize("version", [15, 18])
 def test_a_failover_to_a_standby_is_followed_and_what_it_missed_is_found(
     request: pytest.FixtureRequest, version: int, place: Path
@@ -430,7 +428,7 @@ def test_a_failover_to_a_standby_is_followed_and_what_it_missed_is_found(
     """The slot is not there, rows may have changed on the new primary before we are: everything is scanned."""
     bindir = request.getfixturevalue(f"pg{version}").bindir
     plugin = "wal2json" if version == 15 else "pgoutput"
-    with servers.bench_with(bindir, plugin, {}) as bench, standby_of(bench.server, place) as standby:
+    with servers.bench_with(bindir, plugin, {}) as bench, servers.standby_of(bench.server, place) as standby:
         make_model(bench)
         make_documents(bench, 300)
         ours = {"host": "127.0.0.1,127.0.0.1", "port": f"{bench.server.port},{standby.port}"}
@@ -444,6 +442,8 @@ def test_a_failover_to_a_standby_is_followed_and_what_it_missed_is_found(
             bench.server.stop("immediate")
             service.wait_for_log("trying again in")
             with psycopg.connect(standby.dsn(bench.database), autocommit=True) as other:
+                with pytest.raises(psycopg.errors.ReadOnlySqlTransaction, match="a standby cannot ask"):
+                    other.execute("SELECT cdc_embedder.embed('fake', 'a')")
                 assert other.execute("SELECT pg_promote()").fetchone() == (True,)
                 other.execute("UPDATE documents SET body = 'before we came ' || id WHERE id <= 20")
                 promoted = Bench(standby, plugin, bench.database, bench.slot, other, bench.has_vector)

@@ -254,8 +254,8 @@ def test_names_of_every_kind_are_followed(bench: Any) -> None:
         wait_caught_up(bench)
         for schema, table, _, body, _ in NAMES:
             name, b = sql.Identifier(schema, table), sql.Identifier(body)
-            admin.execute(sql.SQL("INSERT INTO {} VALUES (3, {})").format(name, schema + table))
-            admin.execute(sql.SQL("UPDATE {} SET {} = {} WHERE {} IS NULL").format(name, b, table, b))
+            admin.execute(sql.SQL("INSERT INTO {} VALUES (3, {})").format(name, f"text {schema}, {table}"))
+            admin.execute(sql.SQL("UPDATE {} SET {} = {} WHERE {} IS NULL").format(name, b, f"text {table}", b))
         wait_caught_up(bench)
         for schema, table, _, body, vector in NAMES:
             name = sql.Identifier(schema, table)

@@ -60,13 +60,14 @@ def test_init_says_what_it_did_and_the_second_time_that_nothing_was_to_do(bare: 
     for sentence in (
         f"made the schema cdc_embedder, owned by {SERVICE_ROLE}",
         "applied migration 001_tables",
+        "applied migration 002_slots",
         "new embedding columns use the slot bare_cli",
         "made the publication bare_cli, empty",
     ):
         assert sentence in first.stdout
     second = cli("init", "--dsn", bare, "--slot", "bare_cli")
     assert second.returncode == 0
-    assert "nothing to do: version 1 of the schema is installed, the publication bare_cli exists" in second.stdout
+    assert "nothing to do: version 2 of the schema is installed, the publication bare_cli exists" in second.stdout
     with psycopg.connect(bare) as connection:
         assert connection.execute(
             "SELECT DISTINCT pg_get_userbyid(relowner)::text FROM pg_class"
@@ -89,6 +90,8 @@ def test_init_for_an_owner_that_does_not_exist_is_refused_with_a_remedy(bare: st
         ["status", "--json"],
         ["reconcile"],
         ["verify"],
+        ["adopt", "documents.embedding"],
+        ["migrate", "pgml"],
         ["search", "documents.embedding", "a question"],
         ["embed", "a text"],
     ],
@@ -207,8 +210,8 @@ def make_odd_table(bench: Bench) -> None:
         (["documents", "n", "embedding"], "integer", "Text is text, varchar, char or citext"),
         (["keyless", "body", "embedding"], "no primary key", "ALTER TABLE public.keyless ADD PRIMARY KEY"),
         (["documents", "body", "n"], "integer", "Vectors are real[], double precision[], vector(n) or halfvec(n)"),
-        (["documents", "body", "embedding", "--on-existing", "ignore"], "ignore is nothing to do", "ask or replace"),
-        (["documents", "body", "embedding", "--on-existing", "adopt"], "adopt", "Use 'replace'"),
+        (["documents", "body", "embedding", "--on-existing", "ignore"], "ignore is nothing to do", "replace or adopt"),
+        (["documents", "body", "embedding", "--when-stale", "burn"], "burn is nothing to do", "keep or clear"),
         (["nowhere", "body", "embedding"], 'relation "nowhere" does not exist', ""),
         (["nowhere.documents", "body", "embedding"], 'relation "nowhere.documents" does not exist', ""),
         (["documents", "body", "documents.embedding"], "not the name of a column", "the table is an argument"),

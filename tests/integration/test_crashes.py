@@ -393,4 +393,6 @@ async def test_the_publication_is_made_where_it_is_missing_and_lets_inserts_and_
     assert await requests.make_publication(session, bench.slot)
     assert bench.admin.execute(
         "SELECT pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot, puballtables FROM pg_publication"
+        " WHERE pubname = %s",
+        (bench.slot,),
     ).fetchall() == [(True, True, False, False, True, False)]

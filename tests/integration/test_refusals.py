@@ -119,10 +119,6 @@ REFUSALS = {
         "", {"table": None}, errors.NotNullViolation, "must be given", "VALUES ('documents'"),
     "no model given": Refusal(
         DOCUMENTS, {"model": None}, errors.NotNullViolation, "must be given", "VALUES ('documents'"),
-    "on_existing = adopt": Refusal(
-        DOCUMENTS, {"on_existing": "adopt"}, errors.FeatureNotSupported, "not built yet", "replace"),
-    "when_stale = clear": Refusal(
-        DOCUMENTS, {"when_stale": "clear"}, errors.FeatureNotSupported, "not built yet", "keep"),
     "a slot that cannot be": Refusal(
         DOCUMENTS, {"slot": "My-Slot"}, errors.InvalidName, "My-Slot", "Lower-case"),
 }  # fmt: skip

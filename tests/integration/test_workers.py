@@ -65,6 +65,8 @@ def test_two_workers_give_the_vectors_of_one_process() -> None:
         np.testing.assert_allclose(ours.vectors, theirs.vectors, atol=1e-5)
         assert ours.truncated.tolist() == theirs.truncated.tolist()
         assert ours.tokens == theirs.tokens
+        assert ours.spent.tokenizing_s > 0, "what it cost comes back from the other process, too"
+        assert (ours.spent.device_s or 0) > 0
         outcome = embed_isolating(two, MINILM, ["cat", "\ud800", "dog"], NONE)
         assert outcome.errors == {1: "the model failed on the text (TypeError)"}
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -282,3 +283,28 @@ def test_on_a_gpu_batches_of_a_run_of_tokens_equal_the_cpu(tmp_path: Path, monke
             for got in threads.map(lambda _, e=embedder: e.embed(ODD, NONE).vectors, range(20)):
                 np.testing.assert_array_less(0.995, (unit(got) * expected).sum(axis=1))
     assert (tmp_path / "cdc-embedder" / "batch_tokens.json").exists()
+
+
+@pytest.mark.parametrize(("build", "padded"), [(e5, False), (models.mpnet, True)], ids=["packed", "padded"])
+def test_a_call_tells_what_it_cost(build: Callable[[Path], Path], padded: bool, tmp_path: Path) -> None:
+    """In a rectangle every text takes as many tokens as the longest; in a run there is no padding."""
+    embedder = LocalEmbedder(spec_of(build(tmp_path), document_prompt=""), "cpu")
+    texts = ["a", "a cat", "a cat and the dog read " * 3]
+    alone = [embedder.embed([text], DOCUMENT) for text in texts]
+    assert [each.spent.padding for each in alone] == [0, 0, 0]
+    together = embedder.embed(texts, DOCUMENT)
+    longest = max(each.tokens for each in alone)
+    assert together.tokens == sum(each.tokens for each in alone)
+    assert together.spent.padding == (3 * longest - together.tokens if padded else 0)
+    assert together.spent.tokenizing_s > 0
+    assert together.spent.device_s is not None
+    assert together.spent.device_s > 0
+
+
+def test_calls_at_once_do_not_make_the_device_busier_than_the_clock(tmp_path: Path) -> None:
+    embedder = LocalEmbedder(spec_of(e5(tmp_path), document_prompt=""), "cpu")
+    began = time.perf_counter()
+    with ThreadPoolExecutor(4) as threads:
+        calls = list(threads.map(lambda _: embedder.embed(["a cat and a dog " * 20] * 50, DOCUMENT), range(8)))
+    elapsed = time.perf_counter() - began
+    assert 0 < sum(call.spent.device_s or 0.0 for call in calls) <= elapsed

@@ -29,6 +29,7 @@ COLUMN = EmbeddingColumn(
     key=(),
     sources=("body",),
     separator="\n\n",
+    template=None,
     target=Target("embedding", "vector", "vector(4)", 5),
     model=MODEL,
     generation=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from cdc_embedder import logs
+from cdc_embedder.logs import BURST, Quieter
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
@@ -99,3 +101,42 @@ def test_set_up_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up("json", "info")
     logging.getLogger("cdc_embedder").info("x")
     assert len(lines(capsys)) == 1
+
+
+def at(second: float, message: str, *args: object, level: int = logging.WARNING) -> logging.LogRecord:
+    record = logging.LogRecord("cdc_embedder.x", level, __file__, 1, message, args, None)
+    record.created = second
+    return record
+
+
+def test_a_warning_that_comes_again_and_again_is_told_a_few_times_and_then_counted() -> None:
+    out = io.StringIO()
+    handler = Quieter(out)
+    for n in range(40):
+        handler.emit(at(100.0 + n, "the model is down; trying again in %.1f s", 0.1 * n))
+    handler.emit(at(120.0, "something else"))
+    assert out.getvalue().splitlines() == [
+        *(f"the model is down; trying again in {0.1 * n:.1f} s" for n in range(BURST)),
+        "something else",
+    ]
+    out.truncate(0)
+    handler.emit(at(161.0, "a line of information", level=logging.INFO))
+    assert out.getvalue().replace("\0", "").splitlines() == [
+        "the model is down; trying again in 3.9 s (one of 40 in 61 s)",
+        "a line of information",
+    ]
+    out.truncate(0)
+    handler.emit(at(170.0, "the model is down; trying again in %.1f s", 1.0))
+    assert "trying again in 1.0 s\n" in out.getvalue(), "a new period"
+
+
+def test_neither_information_nor_a_traceback_is_ever_passed_over() -> None:
+    out = io.StringIO()
+    handler = Quieter(out)
+    for n in range(20):
+        handler.emit(at(100.0, "batch %d", n, level=logging.INFO))
+        broken = at(100.0, "a defect")
+        broken.exc_info = (ValueError, ValueError("x"), None)
+        handler.emit(broken)
+    assert out.getvalue().count("batch ") == 20
+    assert out.getvalue().count("a defect") == 20

@@ -181,8 +181,30 @@ def test_an_address_of_health_that_is_none_is_a_sentence() -> None:
         load(http="8700")
 
 
-@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+NO_FLAGS = {"http_token"}
+"""The arguments of a process are no secret."""
+
+
+def test_a_token_is_long_fits_a_header_and_never_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().http_token is None
+    monkeypatch.setenv("CDC_EMBEDDER_HTTP_TOKEN", "t" * 16)
+    given = load().http_token
+    assert given is not None
+    assert given.get_secret_value() == "t" * 16
+    for bad in ("secret-2-short!", "secret with space", "secret-ünd-lang-genug", "secret-\n-on-two-lines"):
+        monkeypatch.setenv("CDC_EMBEDDER_HTTP_TOKEN", bad)
+        with pytest.raises(Misconfigured, match="settings: http_token: ") as refused:
+            load()
+        assert "secret" not in refused.value.sentence
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields.keys() - NO_FLAGS))
 def test_every_setting_is_a_flag_of_run_and_says_what_it_is_for(name: str) -> None:
     flags = {option for parameter in get_group(app).commands["run"].params for option in parameter.opts}
     assert "--" + name.replace("_", "-") in flags
     assert Settings.model_fields[name].description
+
+
+def test_the_token_is_no_flag() -> None:
+    assert not [name for name in get_group(app).commands["run"].params if name.name in NO_FLAGS]
+    assert all(Settings.model_fields[name].description for name in NO_FLAGS)
