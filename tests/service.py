@@ -186,7 +186,7 @@ def status(bench: Any) -> list[dict[str, Any]]:
 
 
 def caught_up(bench: Any) -> bool:
-    """Every column is live and current, and the slot is confirmed past everything written so far."""
+    """Every column is live and current, and its slot is confirmed past everything written so far."""
     target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
     rows = status(bench)
     if not rows or any(row["state"] != "live" or row["pending"] or row["coverage"] != 100 for row in rows):
@@ -195,21 +195,24 @@ def caught_up(bench: Any) -> bool:
 
 
 def confirmed(bench: Any, target: str) -> bool:
-    """Whether the slot is confirmed up to `target`, but for what the server itself writes between records."""
-    row = bench.admin.execute(
-        "SELECT pg_wal_lsn_diff(%s, confirmed_flush_lsn) FROM pg_replication_slots WHERE slot_name = %s",
-        (target, bench.slot),
-    ).fetchone()
-    return row is not None and row[0] is not None and row[0] <= 0
+    """Whether the bench's slot, and each that serves a column, is confirmed up to `target`."""
+    return bool(bench.admin.execute(_CONFIRMED, {"slot": bench.slot, "target": target}).fetchone()[0])
+
+
+_CONFIRMED = """
+SELECT bool_and(coalesce(r.confirmed_flush_lsn >= %(target)s::pg_lsn, false))
+  FROM (SELECT %(slot)s::name AS slot UNION SELECT slot FROM cdc_embedder.embedding_column) wanted
+  LEFT JOIN pg_replication_slots r ON r.slot_name = wanted.slot
+"""
 
 
 def wait_caught_up(bench: Any) -> None:
-    """Wait until what is committed now is embedded: the slot passes the present position, then all is current.
+    """Wait until what is committed now is embedded: every slot passes the present position, then all is current.
 
     What the service reports may be a second old; what is in the backlog, and which scans are wanted, is not.
     """
     target = bench.admin.execute("SELECT pg_current_wal_insert_lsn()").fetchone()[0]
-    until(lambda: confirmed(bench, target), "the slot was never confirmed that far", lambda: status(bench))
+    until(lambda: confirmed(bench, target), "a slot was never confirmed that far", lambda: status(bench))
     until(lambda: bench.admin.execute(_NOTHING_LEFT).fetchone()[0], "something was left", lambda: status(bench))
     until(
         lambda: (
