@@ -51,6 +51,20 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 @pytest.fixture
+def listing15(pg15: Server) -> Server:
+    """PostgreSQL 15 that refuses what `output_plugin_libraries` does not list, as it does from 15.19 on."""
+    return pg15 if servers.lists_plugins(pg15.bindir) else lacks("PostgreSQL 15.19 or later")
+
+
+@pytest.fixture
+def listing(bench: Bench) -> Bench:
+    """`bench` on a server that refuses what `output_plugin_libraries` does not list."""
+    if not servers.lists_plugins(bench.server.bindir):
+        lacks("PostgreSQL 15.19 or later")
+    return bench
+
+
+@pytest.fixture
 def bench18(pg18: Server) -> Iterator[Bench]:
     """A fresh database on PostgreSQL 18 with pgvector."""
     yield from servers.make_bench(pg18, "pgoutput")

