@@ -38,12 +38,14 @@ class Work(IntEnum):
 class Reason:
     """Why a key has to be judged: since when (monotonic seconds), and which transactions asked for it.
 
-    `position` belongs to the oldest such transaction, `xid` and `last` (its commit LSN) to the latest; a scan's wish
-    has none of them. `seq`: the version of the backlog row that stands for the key as well.
+    `position` and `at` (when it committed, seconds since 1970) belong to the oldest such transaction, `xid` and `last`
+    (its commit LSN) to the latest; a scan's wish has none of them. What is spilled keeps all but `position`. `seq`: the
+    version of the backlog row that stands for the key as well.
     """
 
     since: float
     position: Position | None = None
+    at: float | None = None
     xid: int | None = None
     last: LSN = ZERO
     seq: int | None = None
@@ -68,7 +70,7 @@ class Entry:
     @property
     def committed_at(self) -> float | None:
         """When the oldest change committed that it stands for (seconds since 1970); None where that is not known."""
-        return None if self.reason.position is None else self.reason.position.at
+        return self.reason.at
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Spill:
     first: LSN
     last: LSN
     xid: int
+    at: float | None
 
     @property
     def key(self) -> Key:
@@ -130,6 +133,7 @@ class Pending:
             reason = entry.reason
         if reason.position is None:
             reason.position, reason.since = position, now
+            reason.at = _older(reason.at, position.at)
             self._watermark.hold(position)
             if reason is entry.reason:
                 self._entries[key] = self._entries.pop(key)
@@ -218,7 +222,7 @@ class Pending:
                 break
             for reason in _reasons(entry):
                 if reason.position is not None and reason.xid is not None and reason.since <= since:
-                    found.append(Spill(entry, reason, reason.position.commit, reason.last, reason.xid))
+                    found.append(Spill(entry, reason, reason.position.commit, reason.last, reason.xid, reason.at))
         return found
 
     def spilled(self, spills: Sequence[tuple[Spill, int]]) -> None:
@@ -241,19 +245,20 @@ class Pending:
         if gone:
             self._compact()
 
-    def restore(self, key: Key, seq: int, xid: int | None, now: float) -> None:
-        """The backlog says that the row with this key has to be judged. `xid`: None where it is visible to all."""
+    def restore(self, key: Key, seq: int, xid: int | None, at: float | None, now: float) -> None:
+        """The backlog says that the row with this key has to be judged. `xid`: None where it is visible to all;
+        `at`: when the oldest change committed, None where that is not known."""
         entry = self._entries.get(key)
         if entry is None:
             entry = self._add(key, Work.REPAIR, now)
-            entry.reason.xid, entry.reason.seq = xid, seq
+            entry.reason.xid, entry.reason.seq, entry.reason.at = xid, seq, at
             return
         if any(reason.seq == seq for reason in _reasons(entry)):
             return
         reason = entry.reason
         if entry.in_flight:
             reason = entry.dirty = entry.dirty or Reason(now)
-        reason.seq = seq
+        reason.seq, reason.at = seq, _older(reason.at, at)
         if reason.xid is None:
             reason.xid = xid
 
@@ -329,12 +334,17 @@ class Pending:
             entry.reason.xid, entry.reason.last = later.xid, later.last
         if later.seq is not None:
             entry.reason.seq = later.seq
+        entry.reason.at = _older(entry.reason.at, later.at)
         if later.position is None:
             return
         if entry.reason.position is None:
             entry.reason.position = later.position
         else:
             self._watermark.release(later.position)
+
+
+def _older(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else min(one, other)
 
 
 def _reasons(entry: Entry) -> list[Reason]:

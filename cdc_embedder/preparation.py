@@ -24,7 +24,7 @@ from cdc_embedder.wal.diagnosis import PluginRefused
 log = logging.getLogger(__name__)
 
 OLDEST_SERVER = 140000
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The migration that this package needs; an older schema is to be migrated, a newer one wants a newer package."""
 
 PATIENCE_SECONDS = 86_400.0

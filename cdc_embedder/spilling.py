@@ -128,7 +128,7 @@ class Spiller:
         if lane.column is not column:
             return 0  # the key may be another one
         for row in rows:
-            pending.restore(row.key, row.seq, row.xid, now())
+            pending.restore(row.key, row.seq, row.xid, row.committed_at, now())
         if not rows and lane.drained == 0:
             lane.backlog = await backlog.count(connection, lane.column)
         lane.drained = rows[-1].seq if rows else 0

@@ -25,6 +25,10 @@ SELECT NOT EXISTS (SELECT FROM cdc_embedder.migration WHERE version = 2) AS miss
 \if :missing
     \ir migrations/002_slots.sql
 \endif
+SELECT NOT EXISTS (SELECT FROM cdc_embedder.migration WHERE version = 3) AS missing \gset
+\if :missing
+    \ir migrations/003_commit_times.sql
+\endif
 
 \ir functions/catalog.sql
 \ir functions/validation.sql

@@ -1,8 +1,9 @@
 """The backlog of a column: keys that were spilled so that the slot need not wait for them. Rule 8.
 
 A spill is one statement: it is durable when that has committed (our sessions are pinned to that), and only then may the
-watermark move on. A key that is spilled again keeps `first_lsn` and has the rest renewed, `seq` above all: a row is
-removed only by who knows its `seq`. It is an INSERT from arrays and no COPY, because a key may be there already.
+watermark move on. A key that is spilled again keeps `first_lsn` and `committed_at` and has the rest renewed, `seq`
+above all: a row is removed only by who knows its `seq`. It is an INSERT from arrays and no COPY, because a key may be
+there already.
 Rule 9 holds for it as for a write-back: an instance that was replaced would leave rows that its successor, which reads
 the same changes from the slot, does not know of.
 """
@@ -35,11 +36,15 @@ _SEQS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
-    """A row of the backlog. `xid` (32 bits) is None where every later snapshot sees the transaction."""
+    """A row of the backlog. `xid` (32 bits) is None where every later snapshot sees the transaction.
+
+    `committed_at`: when its oldest change committed, seconds since 1970 by the server's clock; None where not known.
+    """
 
     key: Key
     seq: int
     xid: int | None
+    committed_at: float | None
 
 
 async def spill(
@@ -60,6 +65,7 @@ async def spill(
             [str(spill.first) for spill in spills],
             [str(spill.last) for spill in spills],
             [str(widen(spill.xid, row[0])) for spill in spills],
+            [None if spill.at is None else repr(spill.at) for spill in spills],
         ],
     )
     assert found is not None
@@ -72,7 +78,7 @@ async def spill(
 async def page(connection: Connection, column: EmbeddingColumn, after: int) -> list[Spilled]:
     """The next rows whose seq is greater than `after`."""
     cursor = await connection.execute(_page(column), (after,))
-    return [Spilled(tuple(key), seq, xid) for key, seq, xid in await cursor.fetchall()]
+    return [Spilled(tuple(key), seq, xid, at) for key, seq, xid, at in await cursor.fetchall()]
 
 
 async def remove(connection: Connection, column: EmbeddingColumn, settled: Sequence[tuple[Key, int]]) -> int:
@@ -136,16 +142,20 @@ def _spill(column: EmbeddingColumn, term: Term) -> sql.Composed:
     return sql.SQL(
         "WITH guard AS MATERIALIZED (SELECT FROM cdc_embedder.leader WHERE slot = {slot} AND term = {term} FOR SHARE),"
         " base AS MATERIALIZED (SELECT nextval({sequence}::regclass) * {seqs} AS seq FROM guard), given AS ("
-        " SELECT {names}, first_lsn, last_lsn, xid, seq FROM {backlog} WHERE false"  # its types and collations
-        " UNION ALL SELECT {typed}, i.first_lsn, i.last_lsn, i.xid, base.seq + i.ordinal - 1 AS seq"
-        "   FROM unnest({arrays}, {first}::text[]::pg_lsn[], {last}::text[]::pg_lsn[], {xid}::text[]::xid8[])"
-        "        WITH ORDINALITY AS i({names}, first_lsn, last_lsn, xid, ordinal), base"
+        " SELECT {names}, first_lsn, last_lsn, xid, committed_at, seq FROM {backlog}"  # its types and collations
+        "   WHERE false"
+        " UNION ALL SELECT {typed}, i.first_lsn, i.last_lsn, i.xid, to_timestamp(i.at), base.seq + i.ordinal - 1 AS seq"
+        "   FROM unnest({arrays}, {first}::text[]::pg_lsn[], {last}::text[]::pg_lsn[], {xid}::text[]::xid8[],"
+        "               {at}::text[]::float8[])"
+        "        WITH ORDINALITY AS i({names}, first_lsn, last_lsn, xid, at, ordinal), base"
         "), written AS ("
-        " INSERT INTO {backlog} AS b ({names}, first_lsn, last_lsn, xid, seq)"
-        " SELECT {names}, min(first_lsn), max(last_lsn), (array_agg(xid ORDER BY last_lsn DESC, seq DESC))[1],"
+        " INSERT INTO {backlog} AS b ({names}, first_lsn, last_lsn, committed_at, xid, seq)"
+        " SELECT {names}, min(first_lsn), max(last_lsn), min(committed_at),"
+        "        (array_agg(xid ORDER BY last_lsn DESC, seq DESC))[1],"
         "        (array_agg(seq ORDER BY last_lsn DESC, seq DESC))[1]"
         "   FROM given GROUP BY {names}"
         " ON CONFLICT ({names}) DO UPDATE SET last_lsn = greatest(b.last_lsn, excluded.last_lsn),"
+        "    committed_at = least(b.committed_at, excluded.committed_at),"
         "    xid = CASE WHEN excluded.last_lsn >= b.last_lsn THEN excluded.xid ELSE b.xid END,"
         "    seq = CASE WHEN excluded.last_lsn >= b.last_lsn THEN excluded.seq ELSE b.seq END"
         " RETURNING b.xmax = 0 AS fresh)"
@@ -163,6 +173,7 @@ def _spill(column: EmbeddingColumn, term: Term) -> sql.Composed:
         first=sql.SQL(f"${width + 1}"),
         last=sql.SQL(f"${width + 2}"),
         xid=sql.SQL(f"${width + 3}"),
+        at=sql.SQL(f"${width + 4}"),
         names=comma(_keys(column)),
         backlog=_name(column),
     )
@@ -172,7 +183,8 @@ def _page(column: EmbeddingColumn) -> sql.Composed:
     return sql.SQL(
         "SELECT ARRAY[{keys}], b.seq,"
         "       CASE WHEN NOT pg_visible_in_snapshot(b.xid, pg_current_snapshot())"
-        "            THEN (b.xid::text::numeric % 4294967296)::int8 END"
+        "            THEN (b.xid::text::numeric % 4294967296)::int8 END,"
+        "       extract(epoch FROM b.committed_at)::float8"
         "  FROM {backlog} b WHERE b.seq > $1::int8 ORDER BY b.seq LIMIT {limit}"
     ).format(
         keys=sql.SQL(", ").join(sql.SQL("CAST({} AS text)").format(key) for key in _keys(column, "b")),

@@ -63,6 +63,7 @@ BEGIN
             last_lsn pg_lsn NOT NULL,
             xid xid8,
             seq bigint NOT NULL,
+            committed_at timestamptz,
             PRIMARY KEY (%3$s)
         )
         $table$, backlog, columns, names);

@@ -263,8 +263,8 @@ MUTANTS = [
     mutant(
         "a row of the backlog is removed when it is taken up",
         "spilling.py",
-        "            pending.restore(row.key, row.seq, row.xid, now())\n",
-        "            pending.restore(row.key, row.seq, row.xid, now())\n"
+        "            pending.restore(row.key, row.seq, row.xid, row.committed_at, now())\n",
+        "            pending.restore(row.key, row.seq, row.xid, row.committed_at, now())\n"
         "            await backlog.remove(connection, lane.column, [(row.key, row.seq)])\n",
         RULES + "test_rule_8_what_was_taken_up_stays_in_the_backlog_until_it_is_written",
         "assert 0 == 1",

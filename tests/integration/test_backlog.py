@@ -255,13 +255,27 @@ async def test_pages_follow_one_another_by_seq_and_a_row_that_is_renewed_comes_a
     column = await configured(session, bench)
     first, _ = await spill(session, column, changed(*(((str(n),), 100 + n, 5) for n in range(7))))
     one = await backlog.page(session, column, 0)
-    assert one == [Spilled((str(n),), first + n, None) for n in range(3)]
+    assert one == [Spilled((str(n),), first + n, None, None) for n in range(3)]
     await spill(session, column, changed((("1",), 200, 5), (("4",), 200, 5)))
     two = await backlog.page(session, column, one[-1].seq)
     assert [row.key for row in two] == [("3",), ("5",), ("6",)]
     three = await backlog.page(session, column, two[-1].seq)
     assert [row.key for row in three] == [("1",), ("4",)]
     assert await backlog.page(session, column, three[-1].seq) == []
+
+
+async def test_when_the_oldest_change_of_a_key_committed_is_kept(bench: Bench, session: Connection) -> None:
+    column = await configured(session, bench)
+
+    async def told(*times: float | None) -> list[float | None]:
+        """Key 1, 2, …, spilled once more with these times."""
+        spills = changed(*(((str(n),), 100, 5) for n in range(1, len(times) + 1)))
+        await spill(session, column, [replace(one, at=at) for one, at in zip(spills, times, strict=True)])
+        return [row.committed_at for row in await backlog.page(session, column, 0)]
+
+    assert await told(1764400000.25, 1764400001.5, None) == [1764400000.25, 1764400001.5, None]
+    assert await told(1764400099.0, 1764400000.0, 1764400002.0) == [1764400000.25, 1764400000.0, 1764400002.0]
+    assert await told(None, None, None) == [1764400000.25, 1764400000.0, 1764400002.0]
 
 
 async def test_a_row_is_removed_only_by_who_knows_its_seq(bench: Bench, session: Connection) -> None:
@@ -317,11 +331,11 @@ async def test_on_another_timeline_every_row_may_be_judged_at_once_and_a_new_cha
     for _ in range(2):
         await backlog.forget_transactions(session, bench.slot)
         assert await backlog.page(session, column, 0) == [
-            Spilled((key,), first + n, None) for n, key in enumerate("12")
+            Spilled((key,), first + n, None, None) for n, key in enumerate("12")
         ]
     assert await backlog.spilled_from(session, column) == LSN(0)
     again, _ = await spill(session, column, changed((("1",), 20, xmax + 200)))
-    assert (await backlog.page(session, column, first + 1)) == [Spilled(("1",), again, xmax + 200)]
+    assert (await backlog.page(session, column, first + 1)) == [Spilled(("1",), again, xmax + 200, None)]
 
 
 async def test_indexes_serve_the_oldest_commit_the_pages_and_the_removal(bench: Bench, session: Connection) -> None:

@@ -61,13 +61,14 @@ def test_init_says_what_it_did_and_the_second_time_that_nothing_was_to_do(bare: 
         f"made the schema cdc_embedder, owned by {SERVICE_ROLE}",
         "applied migration 001_tables",
         "applied migration 002_slots",
+        "applied migration 003_commit_times",
         "new embedding columns use the slot bare_cli",
         "made the publication bare_cli, empty",
     ):
         assert sentence in first.stdout
     second = cli("init", "--dsn", bare, "--slot", "bare_cli")
     assert second.returncode == 0
-    assert "nothing to do: version 2 of the schema is installed, the publication bare_cli exists" in second.stdout
+    assert "nothing to do: version 3 of the schema is installed, the publication bare_cli exists" in second.stdout
     with psycopg.connect(bare) as connection:
         assert connection.execute(
             "SELECT DISTINCT pg_get_userbyid(relowner)::text FROM pg_class"

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.documents import make_documents, make_model
-from tests.servers import Bench
+from tests.servers import Bench, bench_with, bindir_18
 from tests.service import Service, running, until, wait_caught_up
 
 COLUMN = {"column": "public.documents.embedding"}
@@ -138,6 +138,56 @@ def test_what_is_behind_shows_in_keys_bytes_and_seconds(bench18: Bench, tmp_path
         wait_caught_up(bench18)
         done = lambda: (m := Metrics(service))("lag_seconds") == 0 and m("backlog_keys", **COLUMN) == 0  # noqa: E731
         until(done, "it stayed behind", lambda: Metrics(service).samples)
+        late = Metrics(service)
+        assert late("commit_to_vector_seconds_count", **COLUMN) == 5, "those that were late count above all"
+        assert late("commit_to_vector_seconds_bucket", **COLUMN, le="2.5") == 0
+
+
+def test_what_waits_shows_by_class_and_age_and_what_the_slot_holds_is_what_the_server_says(tmp_path: Any) -> None:
+    sign = tmp_path / "down"
+    with bench_with(bindir_18(), "pgoutput", {"max_slot_wal_keep_size": "1GB"}) as bench:
+        make_model(bench, down_while_exists=str(sign), delay_per_text_s=0.05)
+        make_documents(bench, 100)
+        with served(bench, CDC_EMBEDDER_SPILL_AFTER_S="3600") as service:
+            until(lambda: scanning(Metrics(service)), "no scan was seen", lambda: Metrics(service).samples)
+            wait_caught_up(bench)
+            assert Metrics(service)("device_busy_seconds_total", model="fake") > 0
+            sign.touch()
+            bench.admin.execute("UPDATE documents SET body = 'behind ' || id WHERE id <= 5")
+            until(lambda: Metrics(service)("pending_keys", **COLUMN, work="live") == 5, "they do not wait")
+            until(lambda: Metrics(service)("oldest_pending_seconds", **COLUMN) > 1, "they do not get older")
+            bench.admin.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 100000))")
+            until(
+                lambda: held(Metrics(service), bench) == said(bench),
+                "the server says otherwise",
+                lambda: (held(Metrics(service), bench), said(bench)),
+            )
+            lag, retained, safe = said(bench)
+            assert 100_000 < lag < retained < safe, "three numbers that cannot be taken for each other"
+            sign.unlink()
+            wait_caught_up(bench)
+            assert Metrics(service)("oldest_pending_seconds", **COLUMN) == 0
+
+
+def scanning(metrics: Metrics) -> bool:
+    if not metrics.has("scan_running"):
+        return False
+    return metrics("scan_running", **COLUMN) == 1 and metrics("pending_keys", **COLUMN, work="scan") > 0
+
+
+def held(metrics: Metrics, bench: Bench) -> tuple[int, ...]:
+    names = ("slot_lag_bytes", "slot_retained_bytes", "slot_safe_wal_bytes")
+    return tuple(int(metrics(name, slot=bench.slot)) for name in names)
+
+
+def said(bench: Bench) -> tuple[int, ...]:
+    row = bench.admin.execute(
+        "SELECT (pg_current_wal_lsn() - confirmed_flush_lsn)::int8, (pg_current_wal_lsn() - restart_lsn)::int8,"
+        " safe_wal_size FROM pg_replication_slots WHERE slot_name = %s",
+        (bench.slot,),
+    ).fetchone()
+    assert row is not None
+    return row
 
 
 def test_counters_outlive_a_connection_and_one_that_waits_says_so(bench18: Bench) -> None:

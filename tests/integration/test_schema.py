@@ -76,6 +76,7 @@ def test_installing_twice_changes_nothing_and_says_so(bare: Bare) -> None:
         "made the schema cdc_embedder",
         "applied migration 001_tables",
         "applied migration 002_slots",
+        "applied migration 003_commit_times",
         "made the publication cdc_embedder",
         "made the publication cdc_embedder_embed",
     ]

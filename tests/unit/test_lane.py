@@ -88,14 +88,14 @@ def test_what_is_outstanding_is_in_memory_or_in_the_backlog(lane: Lane) -> None:
     lane.pending.want(("scanned",), Work.SCAN, 0.0)
     lane.backlog = 3
     assert lane.outstanding == 4
-    lane.pending.restore(("1",), 1, None, 0.0)
+    lane.pending.restore(("1",), 1, None, None, 0.0)
     assert lane.outstanding == 4, "a key that was taken up again counts once"
     lane.backlog = 0
     assert lane.outstanding == 2
 
 
 def test_a_lane_that_forgets_looks_at_its_backlog_from_the_start_again(lane: Lane) -> None:
-    lane.pending.restore(("1",), 1, None, 0.0)
+    lane.pending.restore(("1",), 1, None, None, 0.0)
     lane.backlog, lane.drained, lane.settled = 3, 1, [(("2",), 2)]
     lane.forget()
     assert (len(lane.pending), lane.backlog, lane.drained, lane.settled) == (0, 3, 0, [])

@@ -19,9 +19,9 @@ def pending(watermark: Watermark) -> Pending:
     return Pending(watermark)
 
 
-def changed(pending: Pending, watermark: Watermark, key: str, xid: int, end: int) -> None:
+def changed(pending: Pending, watermark: Watermark, key: str, xid: int, end: int, at: float | None = None) -> None:
     """A transaction that changes one row."""
-    position = watermark.begin(LSN(end - 1))
+    position = watermark.begin(LSN(end - 1), at)
     pending.change((key,), position, xid, now=float(end))
     watermark.commit(position, LSN(end))
 
@@ -322,12 +322,12 @@ def test_a_key_of_an_earlier_stream_or_service_is_not_let_go_for_what_was_spille
 
 
 def test_a_restored_key_is_repair_work_under_the_xid_of_its_row(pending: Pending) -> None:
-    pending.restore(("a",), 7, 42, 0.0)
-    pending.restore(("b",), 8, None, 0.0)
-    pending.restore(("a",), 7, 42, 1.0)
+    pending.restore(("a",), 7, 42, None, 0.0)
+    pending.restore(("b",), 8, None, None, 0.0)
+    pending.restore(("a",), 7, 42, None, 1.0)
     taken = pending.take(Work.REPAIR, 10, 0.0)
     assert [(entry.key, entry.reason.xid) for entry in taken] == [(("a",), 42), (("b",), None)]
-    pending.restore(("a",), 7, 42, 1.0)
+    pending.restore(("a",), 7, 42, None, 1.0)
     assert pending.finish(taken) == [(("a",), 7), (("b",), 8)]
     assert len(pending) == 0, "the same row does not make a key in flight dirty"
 
@@ -336,7 +336,7 @@ def test_a_row_that_is_restored_to_a_key_that_waits_is_settled_with_it(pending: 
     changed(pending, watermark, "live", 5, 10)
     pending.want(("scanned",), Work.SCAN, 0.0)
     for seq, key in enumerate(("live", "scanned"), 7):
-        pending.restore((key,), seq, 4, 0.0)
+        pending.restore((key,), seq, 4, None, 0.0)
     assert [pending.unfinished(work) for work in Work] == [1, 0, 1]
     [live], [scanned] = pending.take(Work.LIVE, 1, 0.0), pending.take(Work.SCAN, 1, 0.0)
     assert (live.reason.xid, scanned.reason.xid) == (5, 4), "the stream's is the later one"
@@ -344,9 +344,9 @@ def test_a_row_that_is_restored_to_a_key_that_waits_is_settled_with_it(pending: 
 
 
 def test_a_newer_row_that_is_restored_to_a_key_in_flight_has_it_judged_again(pending: Pending) -> None:
-    pending.restore(("a",), 7, None, 0.0)
+    pending.restore(("a",), 7, None, None, 0.0)
     taken = pending.take(Work.REPAIR, 1, 0.0)
-    pending.restore(("a",), 8, 42, 0.0)
+    pending.restore(("a",), 8, 42, None, 0.0)
     assert pending.finish(taken) == [(("a",), 7)]
     [again] = pending.take(Work.REPAIR, 1, 0.0)
     assert (again.reason.xid, pending.finish([again])) == (42, [(("a",), 8)])
@@ -357,7 +357,7 @@ def test_a_row_that_is_restored_to_a_key_in_flight_does_not_make_its_xid_older(
 ) -> None:
     changed(pending, watermark, "a", 3, 30)
     taken = pending.take(Work.LIVE, 1, 0.0)
-    pending.restore(("a",), 7, 1, 0.0)
+    pending.restore(("a",), 7, 1, None, 0.0)
     pending.give_back(taken, 0.0)
     [again] = pending.take(Work.LIVE, 1, 0.0)
     assert (again.reason.xid, again.reason.seq) == (3, 7), "else a snapshot that does not see 3 could finish it"
@@ -366,13 +366,42 @@ def test_a_row_that_is_restored_to_a_key_in_flight_does_not_make_its_xid_older(
 def test_a_change_to_a_restored_key_lifts_it_and_spills_it_under_a_new_seq(
     pending: Pending, watermark: Watermark
 ) -> None:
-    pending.restore(("a",), 7, None, 0.0)
+    pending.restore(("a",), 7, None, None, 0.0)
     changed(pending, watermark, "a", 5, 10)
     assert [pending.unfinished(work) for work in Work] == [1, 0, 0]
     [(found, seq)] = spill(pending, seq=8)
     assert (found.first, found.xid) == (9, 5)
     pending.spilled([(found, seq)])
     assert (len(pending), watermark.flushed) == (0, 10)
+
+
+def test_when_the_oldest_change_committed_is_known_until_the_key_is_done(
+    pending: Pending, watermark: Watermark
+) -> None:
+    """How late a vector comes is told by it: through the backlog and back, above all where it was late."""
+    changed(pending, watermark, "a", 5, 10, at=100.0)
+    changed(pending, watermark, "a", 6, 20, at=200.0)
+    [(found, seq)] = spill(pending)
+    assert found.at == 100.0
+    pending.spilled([(found, seq)])
+    pending.restore(("a",), seq, 6, found.at, 0.0)
+    changed(pending, watermark, "a", 7, 30, at=300.0)
+    [taken] = pending.take(Work.LIVE, 1, 0.0)
+    assert taken.committed_at == 100.0
+    changed(pending, watermark, "a", 8, 40, at=400.0)
+    assert taken.committed_at == 100.0
+    pending.give_back([taken], 0.0)
+    assert taken.committed_at == 100.0
+    pending.finish(pending.take(Work.LIVE, 1, 0.0))
+    changed(pending, watermark, "a", 9, 50, at=500.0)
+    [again] = pending.take(Work.LIVE, 1, 0.0)
+    assert again.committed_at == 500.0
+    pending.restore(("a",), 11, None, 90.0, 0.0)
+    assert pending.finish([again]) == []
+    [last] = pending.take(Work.LIVE, 1, 0.0)
+    pending.restore(("a",), 12, None, 80.0, 0.0)
+    pending.give_back([last], 0.0)
+    assert (last.committed_at, pending.finish([last])) == (80.0, [(("a",), 12)])
 
 
 def test_the_time_of_a_key_counts_from_its_first_change_and_not_from_a_scan_before(

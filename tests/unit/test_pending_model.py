@@ -195,7 +195,7 @@ class Waiting(RuleBasedStateMachine):
         present = [group.seq for group in one.groups if group.seq is not None] if one is not None else []
         seq = present[-1] if known and present else self.number()
         xid = None if visible else xid_of(self.number())
-        self.columns[column].restore(key, seq, xid, self.now)
+        self.columns[column].restore(key, seq, xid, None, self.now)
         if seq not in present:
             self.ask(column, key, Work.REPAIR, Request(self.now, xid=xid, seq=seq))
 
@@ -545,7 +545,7 @@ class Losing(RuleBasedStateMachine):
     @rule()
     def restore(self) -> None:
         for key, seq, xid in self.paged:
-            self.pending.restore(key, seq, xid, self.now)
+            self.pending.restore(key, seq, xid, None, self.now)
         self.paged = []
 
     @rule()
