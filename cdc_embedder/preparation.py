@@ -122,6 +122,8 @@ async def take_slot(
             if spoiled
             else f"uses {found.plugin}, refused now"
         )
+        if found.plugin in refused:
+            await slots.probe(there, slot, "pgoutput")  # what cannot be replaced is not dropped
         log.error("the slot %s %s: it is made anew, and everything is scanned", slot, reason)
         await _want_all(connection, slot, "the slot was made anew")
         await slots.drop(there, slot)

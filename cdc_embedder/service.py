@@ -17,9 +17,9 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -55,6 +55,9 @@ BUSY_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 30.0
 WORKED_SECONDS = 2.0
 """A session that lasted longer had found its server: trouble after that is new trouble."""
+
+TELL_SECONDS = 3.0
+"""What takes longer before the work begins is said to whoever watches: systemd would end what is not ready in time."""
 
 STUCK_TRIES = 5
 """How often a change that the server cannot decode is tried again before the slot is made anew."""
@@ -162,6 +165,15 @@ class Service:
             log.info("waiting: %s", reason)
             self._health.waiting(reason)
 
+    @contextmanager
+    def _taking_its_time(self, doing: str) -> Iterator[None]:
+        """What is done here is the reason why nothing works yet, if it takes long."""
+        timer = asyncio.get_running_loop().call_later(TELL_SECONDS, self._health.away, doing)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _is_stuck(self, problem: SlotStuck) -> None:
         """Waiting mends some errors of decoding; one that comes again at the same place does not go away."""
         place, tries = self._stuck
@@ -207,8 +219,9 @@ class Service:
             if self._stop.is_set():
                 return None
         if not await self._check(control):
-            for sentence in await asyncio.to_thread(upgrade, self._dsn):
-                log.info("%s", sentence)
+            with self._taking_its_time("bringing the schema up to date"):
+                for sentence in await asyncio.to_thread(upgrade, self._dsn):
+                    log.info("%s", sentence)
         return control
 
     async def _standby(self, stack: AsyncExitStack, control: Connection) -> Connection | None:
@@ -283,9 +296,11 @@ class Service:
         watched = asyncio.create_task(self.retention.run(*watching))
         plugin = self._settings.output_plugin
         try:
-            return await self._unless_stopped(
-                take_slot(control, standby, self._dsn, self.slot, plugin, self._refused, spoiled=self._spoiled), watched
-            )
+            with self._taking_its_time(f"waiting for the slot {self.slot}: the log says what for"):
+                return await self._unless_stopped(
+                    take_slot(control, standby, self._dsn, self.slot, plugin, self._refused, spoiled=self._spoiled),
+                    watched,
+                )
         finally:
             watched.cancel()
             await asyncio.wait({watched})

@@ -159,10 +159,11 @@ def _not_allowed(around: Surroundings, plugin: str) -> Problem:
     listed = around.plugin_libraries or "pgoutput, test_decoding"
     libraries = [library.strip() for library in listed.split(",")]
     allowed = ", ".join(dict.fromkeys([*libraries, "pgoutput", plugin]))
+    otherwise = "" if plugin == "pgoutput" else "; or set output_plugin to pgoutput"
     return PluginRefused(
         f"the server does not allow the output plugin {plugin}",
         hint=f"as a superuser: ALTER SYSTEM SET output_plugin_libraries = {allowed} (without quotes around the list), "
-        "then SELECT pg_reload_conf(); or set output_plugin to pgoutput",
+        f"then SELECT pg_reload_conf(){otherwise}",
         sqlstate="42501",
     )
 

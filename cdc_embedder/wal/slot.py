@@ -29,6 +29,7 @@ __all__ = [
     "drop",
     "inspect",
     "look",
+    "probe",
 ]
 
 Connection = psycopg.AsyncConnection[Any]
@@ -83,13 +84,30 @@ async def create(conn: Connection, name: str, plugin: str = "auto", *, timeout_s
     raise AssertionError("pgoutput is part of every server")
 
 
-async def _create(conn: Connection, name: str, plugin: str, timeout_s: float) -> None:
+async def probe(conn: Connection, name: str, plugin: str) -> None:
+    """Return where the server would make a slot with this plugin, as far as a temporary one beside `name` can tell.
+
+    The server looks at the plugin before it waits for transactions. Raises PluginRefused.
+    """
+    beside = f"{name[:57]}_probe"
+    try:
+        await _create(conn, beside, plugin, 1.0, temporary=True)
+    except psycopg.Error as error:
+        problem = None if conn.closed else explain(error, beside, await look(conn, beside), plugin=plugin)
+        if isinstance(problem, PluginRefused):
+            raise problem from error
+    else:
+        await drop(conn, beside)
+
+
+async def _create(conn: Connection, name: str, plugin: str, timeout_s: float, *, temporary: bool = False) -> None:
     version = conn.info.server_version
-    statement = sql.SQL("SELECT pg_catalog.pg_create_logical_replication_slot({}, {}, false, false{})").format(
+    statement = sql.SQL("SELECT pg_catalog.pg_create_logical_replication_slot({}, {}, {}, false{})").format(
         sql.Literal(name),
         sql.Literal(plugin),
-        # a failover slot survives a promotion; there can be none on a standby
-        sql.SQL(", NOT pg_catalog.pg_is_in_recovery()") if version >= 170000 else sql.SQL(""),
+        sql.Literal(temporary),
+        # a failover slot survives a promotion; there can be none on a standby, nor a temporary one
+        sql.SQL(", NOT pg_catalog.pg_is_in_recovery()") if version >= 170000 and not temporary else sql.SQL(""),
     )
     async with conn.transaction():
         # lock_timeout would count too: the server waits for each transaction's own lock

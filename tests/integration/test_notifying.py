@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from cdc_embedder.notifying import Notifier
@@ -103,6 +104,38 @@ def test_a_server_that_is_not_there_does_not_keep_it_from_being_ready(
         systemd.lines.clear()
         systemd.wait_for("WATCHDOG=1")
         assert service.stop() == 0
+
+
+def test_an_open_transaction_that_the_slot_has_to_wait_for_does_not_keep_it_from_being_ready(
+    bench18: Bench, systemd: Systemd, tmp_path: Path
+) -> None:
+    """Otherwise systemd would end it, and the next one would wait from the beginning, for ever."""
+    make_model(bench18)
+    make_documents(bench18, 5)
+    with psycopg.connect(bench18.dsn_admin) as holder:
+        holder.execute("SELECT pg_current_xact_id()")
+        with running(bench18, **environment(tmp_path)) as service:
+            systemd.wait_for("READY=1")
+            systemd.wait_for(f"STATUS=none: waiting for the slot {bench18.slot}: the log says what for")
+            service.wait_for_log(f"making the slot waits: a transaction of pid {holder.info.backend_pid}")
+            holder.rollback()
+            systemd.wait_for("STATUS=columns: 1 live; keys waiting: 0; rows failed: 0")
+            assert service.stop() == 0
+
+
+def test_a_schema_that_takes_long_to_bring_up_to_date_does_not_keep_it_from_being_ready(
+    bench18: Bench, systemd: Systemd, tmp_path: Path
+) -> None:
+    bench18.admin.execute("DELETE FROM cdc_embedder.migration WHERE version = 3")  # which changes nothing here
+    with psycopg.connect(bench18.dsn_admin) as holder:
+        holder.execute("LOCK TABLE cdc_embedder.migration IN SHARE MODE")
+        with running(bench18, **environment(tmp_path)) as service:
+            systemd.wait_for("STATUS=none: bringing the schema up to date")
+            systemd.wait_for("READY=1")
+            holder.rollback()
+            service.wait_for_log("applied migration 003")
+            systemd.wait_for("STATUS=columns: none configured; .*")
+            assert service.stop() == 0
 
 
 STUCK = """

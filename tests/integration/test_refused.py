@@ -72,6 +72,31 @@ def test_a_plugin_that_is_refused_after_an_upgrade_gives_way_to_pgoutput_and_a_s
             service.wait_for_log("streaming from the slot")
 
 
+def test_a_slot_that_cannot_be_replaced_is_not_dropped(listing15: Server) -> None:
+    with bench_with(listing15.bindir, "wal2json", {}) as bench:
+        with Service(bench).start() as service:
+            service.wait_for_log("streaming from the slot")
+        bench.admin.execute("ALTER SYSTEM SET output_plugin_libraries = test_decoding")
+        bench.admin.execute("SELECT pg_reload_conf()")
+        found = "SELECT slot_name, plugin FROM pg_replication_slots"
+        with Service(bench, CDC_EMBEDDER_OUTPUT_PLUGIN="auto").start() as service:
+            assert service.wait() == 1
+            assert "the server does not allow the output plugin pgoutput" in service.log
+            assert "set output_plugin to pgoutput" not in service.log.splitlines()[-1]
+            assert "it is made anew" not in service.log
+        assert bench.admin.execute(found).fetchall() == [(bench.slot, "wal2json")]
+        bench.admin.execute("ALTER SYSTEM SET output_plugin_libraries = test_decoding, pgoutput")
+        bench.admin.execute("SELECT pg_reload_conf()")
+        with psycopg.connect(bench.dsn_admin) as holder:
+            holder.execute("SELECT pg_current_xact_id()")  # what the new slot waits for, and the probe does not
+            with Service(bench, CDC_EMBEDDER_OUTPUT_PLUGIN="auto").start() as service:
+                service.wait_for_log("making the slot waits")
+                holder.rollback()
+                service.wait_for_log("with the plugin pgoutput")
+                service.wait_for_log("streaming from the slot")
+        assert bench.admin.execute(found).fetchall() == [(bench.slot, "pgoutput")]
+
+
 def test_another_database_s_slot(bench18: Bench) -> None:
     with psycopg.connect(bench18.server.dsn("postgres"), autocommit=True) as other:
         other.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (bench18.slot,))
