@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cdc_embedder import __version__
+from cdc_embedder.embedding.calibration import cache_file
 from cdc_embedder.settings import PREFIX, Settings
 from tests.lacking import tool
 
@@ -82,7 +84,7 @@ def test_the_steps_of_the_image_give_a_service_that_runs(tmp_path: Path) -> None
     """The stages `wheel`, `base` and `cpu-packages`, run by a shell as they stand, in folders in place of /src, /wheel
     and /opt. Only torch is not fetched again: its step is looked at, and the extra that needs it is left out."""
     stages = steps()
-    source, opt, wheels = tmp_path / "src", tmp_path / "opt", tmp_path / "wheel"
+    source, opt, wheels, build = (tmp_path / name for name in ("src", "opt", "wheel", "build"))
     source.mkdir()
     opt.mkdir()
     copied = [arguments.split()[:-1] for name, arguments in stages["wheel"] if name == "COPY"]
@@ -94,35 +96,87 @@ def test_the_steps_of_the_image_give_a_service_that_runs(tmp_path: Path) -> None
 
     def here(command: str) -> str:
         command = command.replace("/opt/cdc-embedder", str(opt / "cdc-embedder")).replace("/wheel", str(wheels))
+        command = re.sub(r"(?<![\w.])/build\b", str(build), command)
         return command.replace("python -m venv", f"{sys.executable} -m venv")
 
-    def run(command: str, folder: Path) -> None:
+    def run(command: str, folder: Path, **arguments: str) -> None:
         path = f"{opt / 'cdc-embedder' / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        subprocess.run(["sh", "-ec", here(command)], cwd=folder, env=environment | {"PATH": path}, check=True)
+        environment |= {"PATH": path} | arguments
+        subprocess.run(["sh", "-ec", here(command)], cwd=folder, env=environment, check=True)
 
     for name, arguments in stages["wheel"]:
         if name == "RUN":
             run(arguments, source)
     assert len(list(wheels.glob("cdc_embedder-*.whl"))) == 1
+    builder = "from importlib.metadata import version; print(version('hatchling'))"
+    done = subprocess.run([build / "bin" / "python", "-c", builder], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == pinned("hatchling")
     for name, arguments in stages["base"]:
         if name == "RUN":
             run(arguments, source)
     shutil.copy(ROOT / "constraints.txt", opt / "cdc-embedder" / "constraints.txt")
-    assert "[local,otel]" in dict(stages["cpu-packages"])["RUN"]
     torch, install = [arguments for name, arguments in stages["cpu-packages"] if name == "RUN"]
-    version = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert version is not None
     run(
         torch.replace("pip install", "echo").replace('"${TORCH_INDEX}"', "x")
-        + f' | grep -qx -- "--index-url x torch=={version[1]}"',
+        + f' | grep -qx -- "--index-url x torch=={pinned("torch")}"',
         source,
     )
-    run(install.replace("[local,otel]", "[otel]").replace("pip install", "pip install --quiet"), source)
+    run(install.replace("pip install", "pip install --quiet"), source, EXTRAS="otel")
+    otel = "import importlib.util as util; print(util.find_spec('opentelemetry') is not None)"
+    done = subprocess.run([opt / "cdc-embedder" / "bin" / "python", "-c", otel], capture_output=True, text=True)
+    assert done.stdout.strip() == "True"
     program = opt / "cdc-embedder" / "bin" / "cdc-embedder"
     assert program.exists()
     done = subprocess.run([program, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
+
+
+def pinned(package: str) -> str:
+    found = re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def test_the_extras_of_an_image_exist_and_are_asked_for_in_each_target() -> None:
+    [default] = re.findall(r"^ARG EXTRAS=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    [other] = re.findall(r"^#.*--build-arg EXTRAS=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert (
+        {"local", "otel"} == set(default.split(",")) < {"local", "otel", "ray"} == set(other.split(",")) <= set(known)
+    )
+    for target in ("cpu", "cuda"):
+        packages = steps()[f"{target}-packages"]
+        assert packages.index(("ARG", "EXTRAS")) < next(
+            place for place, (_, arguments) in enumerate(packages) if '"${wheel}[${EXTRAS}]"' in arguments
+        )
+
+
+def test_the_authorities_of_the_system_are_there_or_the_image_is_not_built(tmp_path: Path) -> None:
+    runtime = steps()["runtime"]
+    [file] = (
+        found[1]
+        for name, arguments in runtime
+        if name == "ENV" and (found := re.search(r"SSL_CERT_FILE=(\S+)", arguments))
+    )
+    assert file == "/etc/ssl/certs/ca-certificates.crt"
+    [check] = (
+        arguments.split("&&")[0] for name, arguments in runtime if name == "RUN" and "SSL_CERT_FILE" in arguments
+    )
+    there = tmp_path / "authorities"
+    for text, status in (("", 1), ("-----BEGIN CERTIFICATE-----", 0)):
+        there.write_text(text)
+        done = subprocess.run(["sh", "-c", check], env={"PATH": os.environ["PATH"], "SSL_CERT_FILE": str(there)})
+        assert done.returncode == status
+
+
+def test_what_an_image_measures_is_kept_with_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = steps()["runtime"]
+    variables = dict(each.split("=", 1) for name, arguments in runtime if name == "ENV" for each in arguments.split())
+    monkeypatch.setenv("XDG_CACHE_HOME", variables["XDG_CACHE_HOME"])
+    volume = Path(dict(runtime)["VOLUME"])
+    assert Path(variables["HF_HOME"]) == volume
+    assert cache_file().is_relative_to(volume)
 
 
 def test_the_compose_file_is_one_and_its_parts_fit() -> None:
@@ -140,6 +194,11 @@ def test_the_compose_file_is_one_and_its_parts_fit() -> None:
         assert f":{__version__}-cpu" in services[name]["image"]
     assert services["init"]["build"]["target"] in steps()
     assert "wal_level=logical" in services["db"]["command"]
+    [kept] = (found[1] for each in services["db"]["command"] if (found := re.search(r"keep_size=(\d+)GB$", each)))
+    limit = int(services["cdc-embedder"]["environment"][PREFIX + "WAL_LIMIT_BYTES"])
+    assert Settings.model_fields["wal_alarm_bytes"].default < limit < int(kept) << 30, (
+        "warned, then given up, before the server takes it"
+    )
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("image:", "imagge:"), ("condition: service_healthy", "condition: well")])
