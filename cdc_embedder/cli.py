@@ -122,8 +122,11 @@ def run(
     settings = read_settings(config, **flags)
     from cdc_embedder import logs
     from cdc_embedder.running import frames_of, run_until_signalled
+    from cdc_embedder.settings import misspelt
 
     logs.set_up(settings.log_format, settings.log_level)
+    for sentence in misspelt():
+        logging.getLogger("cdc_embedder").warning("%s", sentence)
     try:
         run_until_signalled(settings)
     except Problem as problem:

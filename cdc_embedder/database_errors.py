@@ -31,6 +31,7 @@ _NEVER_CONNECTS = (
     "permission denied for database",
     "must be superuser or replication role to start walsender",
     "permission denied to start WAL sender",
+    "root certificate file",
 )
 """What the server answers when only an operator can help."""
 
@@ -59,7 +60,7 @@ def from_database(error: psycopg.Error, doing: str, *, of_rows: bool = False) ->
     if state is None:
         said = str(error)
         if any(words in said for words in _NEVER_CONNECTS) and not any(words in said for words in _MAY_CONNECT):
-            return Misconfigured(message, hint="check the DSN, the password and pg_hba.conf")
+            return Misconfigured(message, hint="check the DSN, the password and pg_hba.conf, with TLS its certificates")
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return ServerGone(message, hint=hint)
         return Problem(message, hint=hint)

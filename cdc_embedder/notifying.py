@@ -47,7 +47,8 @@ class Observed(Protocol):
 
 
 async def notifying(notifier: Notifier, health: Health, service: Observed) -> None:
-    """For ever: READY once it works, waits, tries again or is held up; STATUS when it changed; WATCHDOG while it is not stuck."""
+    """For ever: READY once it works, waits, tries again or is held up; STATUS when it changed; WATCHDOG while it is
+    not stuck."""
     period = min(CHECK_SECONDS, notifier.watchdog_s / 3) if notifier.watchdog_s else CHECK_SECONDS
     ready, told = False, ""
     while True:

@@ -5,8 +5,10 @@ What to embed is not here: that is data, in the table `cdc_embedder.embedding_co
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,9 @@ from cdc_embedder.errors import Misconfigured
 from cdc_embedder.web import address
 
 PREFIX = "CDC_EMBEDDER_"
+
+_OF_KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT)|PORT)(_\w+)?")
+"""What Kubernetes tells of a Service that is called cdc-embedder."""
 
 
 class Settings(BaseSettings):
@@ -188,6 +193,18 @@ def load(config: Path | None = None, **flags: Any) -> Settings:
         raise Misconfigured("settings: " + "; ".join(lines)) from None
     except (ValueError, OSError) as error:  # the file is not TOML, or not readable
         raise Misconfigured(f"the configuration file {config} cannot be read: {error}") from error
+
+
+def misspelt(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A sentence for each variable that looks like a setting and is none. Never its value."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields] + [PREFIX + "CONFIG"]
+    sentences = []
+    for name in sorted(environment):
+        if not name.startswith(PREFIX) or name in known or _OF_KUBERNETES.fullmatch(name.removeprefix(PREFIX)):
+            continue
+        near = difflib.get_close_matches(name, known, 1, 0.9)
+        sentences.append(f"{name} is no setting, and changes nothing" + (f": is {near[0]} meant?" if near else ""))
+    return sentences
 
 
 def _split(text: str) -> list[str]:

@@ -50,15 +50,20 @@ def choose(rate: Rate, candidates: Iterable[int]) -> int | None:
     return next((tokens for tokens, measured in rates.items() if measured >= best * _NEARLY), None)
 
 
-def cache_file() -> Path:
-    """Where budgets are kept: below XDG_CACHE_HOME, by default ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(home) / "cdc-embedder" / "batch_tokens.json"
+def cache_file() -> Path | None:
+    """Where budgets are kept: below XDG_CACHE_HOME, by default ~/.cache; None for a user without a home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except RuntimeError:
+        return None
+    return home / "cdc-embedder" / "batch_tokens.json"
 
 
 def _read() -> dict[str, object]:
+    if (path := cache_file()) is None:
+        return {}
     try:
-        found = json.loads(cache_file().read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -66,7 +71,8 @@ def _read() -> dict[str, object]:
 
 def _keep(key: str, tokens: int) -> None:
     """Best effort: a service without a home measures at every start."""
-    path = cache_file()
+    if (path := cache_file()) is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)

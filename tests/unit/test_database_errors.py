@@ -47,6 +47,7 @@ WORDS = {
     'FATAL:  password authentication failed for user "a"': Misconfigured,
     'FATAL:  no pg_hba.conf entry for host "1.2.3.4"': Misconfigured,
     'FATAL:  role "a" does not exist': Misconfigured,
+    'root certificate file "/nowhere/root.crt" does not exist': Misconfigured,
     "FATAL:  the database system is starting up": ServerGone,
     "FATAL:  the database system is shutting down": ServerGone,
     'FATAL:  too many connections for role "a"': ServerGone,

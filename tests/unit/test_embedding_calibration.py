@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pwd
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -68,6 +70,19 @@ def test_a_budget_that_cannot_be_kept_is_used_all_the_same(cache: Path, caplog: 
     cache.parent.write_text("a file where the folder should be")
     assert calibration.budget("a", lambda _: 1.0, fallback=7) == 4_096
     assert "cannot be kept" in caplog.text
+
+
+def test_who_has_no_home_measures_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under systemd's DynamicUser where no name service knows the user."""
+
+    def unknown(_: int) -> NoReturn:
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert calibration.cache_file() is None
+    assert [calibration.budget("a", rate, fallback=7) for rate in (lambda _: 1.0, float)] == [4_096, 65_536]
 
 
 @pytest.mark.parametrize("build", [models.bert, models.mpnet], ids=["packed", "padded"])

@@ -13,7 +13,7 @@ from typer.main import get_group
 
 from cdc_embedder.cli import app
 from cdc_embedder.errors import Misconfigured
-from cdc_embedder.settings import PREFIX, Settings, load
+from cdc_embedder.settings import PREFIX, Settings, load, misspelt
 
 PASSWORD = "correct-horse"
 DSN = f"postgresql://service:{PASSWORD}@h/d"
@@ -106,6 +106,19 @@ def test_a_key_of_the_file_that_is_no_setting_is_refused(tmp_path: Path) -> None
     path.write_text('slots = "misspelt"\n')
     with pytest.raises(Misconfigured, match="slots"):
         load(path)
+
+
+def test_a_variable_that_is_no_setting_is_told_by_its_name_alone() -> None:
+    """It is not refused: Kubernetes makes such variables for a Service of our name."""
+    given = {
+        "CDC_EMBEDDER_DSN": "", "CDC_EMBEDDER_CONFIG": "", "CDC_EMBEDDER_WAL_LIMT_BYTES": PASSWORD, "OTHER": "",
+        "CDC_EMBEDDER_QQ": "", "CDC_EMBEDDER_SERVICE_HOST": "", "CDC_EMBEDDER_SERVICE_PORT_HTTP": "",
+        "CDC_EMBEDDER_PORT": "", "CDC_EMBEDDER_PORT_8700_TCP_ADDR": "",
+    }  # fmt: skip
+    assert misspelt(given) == [
+        "CDC_EMBEDDER_QQ is no setting, and changes nothing",
+        "CDC_EMBEDDER_WAL_LIMT_BYTES is no setting, and changes nothing: is CDC_EMBEDDER_WAL_LIMIT_BYTES meant?",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"slot = ", b"dsn = " + DSN.encode(), b'slot = "\xff"'])
