@@ -24,3 +24,13 @@ readOnlyRootFilesystem: true
 capabilities:
   drop: ["ALL"]
 {{- end }}
+
+{{- /* What a pod needs with and without a GPU, and over it what is in .Values.resources. */ -}}
+{{- define "cdc-embedder.resources" -}}
+{{- $base := dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi") }}
+{{- if .Values.gpu.enabled }}
+{{- $limits := dict "memory" "16Gi" .Values.gpu.resource (toString .Values.gpu.count) }}
+{{- $base = dict "requests" (dict "cpu" "2" "memory" "8Gi") "limits" $limits }}
+{{- end }}
+{{- toYaml (mergeOverwrite $base (deepCopy .Values.resources)) }}
+{{- end }}
