@@ -7,6 +7,7 @@ as it is read: a request lives for seconds. Trouble here is told and tried again
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -17,7 +18,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import psycopg
 
-from cdc_embedder.catalog import SqlEmbed
+from cdc_embedder.catalog import SqlEmbed, model_spec
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import InputType
 from cdc_embedder.errors import EmbedderDown, Misconfigured, Problem, TextRejected
@@ -38,7 +39,7 @@ PREFIX = "cdc_embedder.embed"
 
 LONGEST_RETRY_SECONDS = 30.0
 SWEEP_SECONDS = 2.0
-"""How often answers are swept, where any were given."""
+"""How often answers are swept, where any are left."""
 
 _SIGNATURE = 32
 _CODES: dict[type[Problem], str] = {UnknownModel: "42704", TextRejected: "22023", TooManyRequests: "53400"}
@@ -77,6 +78,9 @@ class Answering:
             try:
                 await self._turn()
             except (Problem, psycopg.Error, ExceptionGroup) as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():  # a TaskGroup whose child failed just then says only that
+                    raise asyncio.CancelledError from error
                 self._tell(error)
                 self._failures += 1
                 await asyncio.sleep(min(LONGEST_RETRY_SECONDS, 2.0**self._failures / 4))
@@ -104,6 +108,10 @@ class Answering:
                 await self._off.wait()
                 if await slots.inspect(session, self._slot) is not None and await slots.drop(session, self._slot):
                     log.info("dropped the slot %s: embedding from SQL is turned off", self._slot)
+                while not self._on.is_set() and not await _swept(session):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(SWEEP_SECONDS):
+                            await self._on.wait()
                 await session.close()
                 await self._on.wait()
                 return
@@ -118,6 +126,7 @@ class Answering:
             stack.push_async_callback(stream.close, clean=False)
             log.info("SQL is answered: reading the slot %s", self._slot)
             self._told, self._failures = "", 0
+            self._answered_at = time.monotonic()  # somebody may have, before us
             try:
                 async with asyncio.TaskGroup() as group:
                     work = [group.create_task(self._listen(stream, session)), group.create_task(self._sweep(session))]
@@ -174,10 +183,15 @@ class Answering:
         if not hmac.compare_digest(signature, _sha256(secret, _sha256(secret, payload))):
             log.debug("a request without the right signature is passed over")
             return
-        request = json.loads(payload)
-        if request["slot"] != self._slot or request["until"] < time.time() + ahead:
-            return
+        asked: str | None = None
         try:
+            request = json.loads(payload)
+            if request["slot"] != self._slot:
+                return
+            asked = request["id"]
+            if request["until"] < time.time() + ahead:
+                return
+            row = request.get("row")  # the functions of an earlier release send none
             self._allow(len(request["texts"]))
             answered = await self._queries.embed(
                 request["model"],
@@ -186,6 +200,7 @@ class Answering:
                 prompt=request["prompt"],
                 normalize=request["normalize"],
                 via="sql",
+                row=None if row is None else model_spec(row),
             )
             given: Answered | Problem = answered
         except Problem as problem:
@@ -193,8 +208,10 @@ class Answering:
         except Exception as error:  # its message may quote the text
             log.error("a request from SQL failed: %s", type(error).__name__)
             given = Problem("the service could not embed this: its log says more")
+        if asked is None:
+            return
         try:
-            await _give(session, request["id"], given)
+            await _give(session, asked, given)
         except psycopg.Error as error:
             log.warning("%s", from_database(error, "answering SQL").sentence)
         self._answered_at = time.monotonic()
@@ -210,16 +227,19 @@ class Answering:
         self._allowance -= texts
 
     async def _sweep(self, session: Connection) -> None:
-        """Remove answers that were read, or that nobody read in time."""
+        """Sweep as long as there is anything to be swept; an idle service asks for nothing."""
         while True:
             if self._answered_at is not None:
                 self._answered_at = None
-                await session.execute(
-                    "DELETE FROM cdc_embedder.answer WHERE made_at < clock_timestamp() - interval '10 seconds'"
-                )
-                if await one(session, "SELECT FROM cdc_embedder.answer LIMIT 1") is not None:
+                if not await _swept(session):
                     self._answered_at = time.monotonic()
             await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def _swept(session: Connection) -> bool:
+    """Remove answers that were read, or that nobody read in time. Whether none is left."""
+    await session.execute("DELETE FROM cdc_embedder.answer WHERE made_at < clock_timestamp() - interval '10 seconds'")
+    return await one(session, "SELECT FROM cdc_embedder.answer LIMIT 1") is None
 
 
 async def _ahead(session: Connection) -> float:

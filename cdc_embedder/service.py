@@ -106,7 +106,7 @@ class Service:
 
     def stuck(self) -> bool:
         """Whether the process should be ended: it could work, and gets nowhere."""
-        return self.working is not None and self.working.pipeline.stuck()
+        return self.working is not None and self.working.stuck()
 
     def summary(self) -> str:
         """How it is, in one line."""

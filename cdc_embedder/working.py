@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from cdc_embedder.embedding.base import ModelSpec
 from cdc_embedder.embedding.registry import Embedders
 from cdc_embedder.following import POLL_SECONDS, Configuration
 from cdc_embedder.metering import Meters
-from cdc_embedder.pipeline import Pipeline
+from cdc_embedder.pipeline import STUCK_SECONDS, Pipeline
 from cdc_embedder.preparation import Taken
 from cdc_embedder.querying import Queries
 from cdc_embedder.reading import Reading
@@ -108,6 +108,8 @@ class Working:
     writing: Writing
     reporter: Reporter
     answering: Answering
+    failed: list[float] = field(default_factory=list)
+    """When a stage failed, on the clock `time.monotonic`: the others are to end then."""
 
     @classmethod
     async def prepare(cls, lasting: Lasting, site: Site, taken: Taken, *, binary: bool) -> Working:
@@ -187,6 +189,8 @@ class Working:
             beside = [group.create_task(work()) for work in works]
             stages = [group.create_task(work) for work in (pipeline.fetch(), *self.writing.runs())]
             reader = group.create_task(self.reading.run())
+            for task in (*beside, *stages, reader):
+                task.add_done_callback(self._ended)
             await stop.wait()
             log.info("stopping: finishing the batch in hand")
             pipeline.stop()
@@ -233,6 +237,14 @@ class Working:
             session = await site.open("announce", idle_session_timeout=self.lasting.lock_timeout_ms)
             works.append(Announcing(session, self.term.slot, reporter, self.reading.streaming).run)
         return works
+
+    def stuck(self) -> bool:
+        """Whether the pipeline gets nowhere, or a stage failed long ago and the others still do not end."""
+        return self.pipeline.stuck() or any(time.monotonic() - at >= STUCK_SECONDS for at in self.failed)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self.failed.append(time.monotonic())
 
     async def _refresh(self) -> None:
         try:

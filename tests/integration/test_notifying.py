@@ -183,6 +183,37 @@ def test_one_that_is_stuck_is_given_to_the_watchdog_and_one_with_a_slow_model_is
         assert healthz(service) == (200, "alive")
 
 
+UNENDING = """
+import asyncio
+from cdc_embedder import answering, working
+working.STUCK_SECONDS = 1.0
+async def run(self):
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+answering.Answering.run = run
+"""
+
+
+def test_one_in_which_something_does_not_end_is_given_to_the_watchdog(
+    bench18: Bench, systemd: Systemd, tmp_path: Path
+) -> None:
+    """A bug of that kind would otherwise hold the slot for ever, behind an instance that seems to work."""
+    (tmp_path / "sitecustomize.py").write_text(UNENDING)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with running(bench18, **environment(tmp_path, PYTHONPATH=path, CDC_EMBEDDER_HTTP="127.0.0.1:0")) as service:
+        service.wait_for_log("streaming from the slot")
+        systemd.wait_for("WATCHDOG=1")
+        bench18.admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND backend_type = 'walsender'"
+        )
+        until(lambda: healthz(service) == (503, "stuck"), "it was never stuck", lambda: service.log)
+        assert systemd.silent_about("WATCHDOG=1", 2.0)
+
+
 def test_one_that_is_frozen_is_silent(bench18: Bench, systemd: Systemd, tmp_path: Path) -> None:
     with running(bench18, **environment(tmp_path)) as service:
         systemd.wait_for("WATCHDOG=1")

@@ -783,6 +783,32 @@ def test_each_of_our_sessions_may_be_terminated_and_the_service_goes_on(bench: A
         assert service.exit_status is None
 
 
+def test_every_stream_may_be_lost_at_once_and_the_service_goes_on(bench18: Any) -> None:
+    """As when the server goes away, but for good: the stream of requests from SQL ends beside that of the rows."""
+    make_model(bench18)
+    make_documents(bench18, 10)
+    with running(bench18, CDC_EMBEDDER_SQL_EMBED="on") as service:
+        for n in range(8):
+            until(lambda: _streams(bench18) == 2, "it does not go on", lambda: service.log)
+            bench18.admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND backend_type = 'walsender'"
+            )
+            bench18.admin.execute("INSERT INTO documents (body) VALUES (%s)", (f"after loss {n}",))
+        wait_caught_up(bench18)
+        assert assert_every_vector_is_of_its_text(bench18) == 18
+        assert service.stop() == 0
+
+
+def _streams(bench: Any) -> int:
+    """How many slots of ours are read."""
+    row = bench.admin.execute(
+        "SELECT count(*) FROM pg_replication_slots WHERE database = current_database() AND active"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def _terminated(bench: Any, name: str) -> bool:
     found = bench.admin.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
