@@ -76,9 +76,9 @@ def test_two_workers_give_the_vectors_of_one_process() -> None:
 
 def test_calls_at_once_run_in_two_processes_and_buffers_grow(pool: WorkerPool) -> None:
     texts = [f"{'x' * 40_000} {i}" for i in range(60)]
+    times = [_cpu(pid) for pid in workers(os.getpid())]
     with ThreadPoolExecutor(3) as threads:
         calls = [threads.submit(pool.embed, texts, NONE) for _ in range(3)]
-        times = [_cpu(pid) for pid in workers(os.getpid())]
         for call in calls:
             np.testing.assert_array_equal(call.result().vectors, right(texts))
     assert all(after > before for before, after in zip(times, map(_cpu, workers(os.getpid())), strict=True))
