@@ -176,7 +176,9 @@ def test_what_an_image_measures_is_kept_with_its_models(monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", variables["XDG_CACHE_HOME"])
     volume = Path(dict(runtime)["VOLUME"])
     assert Path(variables["HF_HOME"]) == volume
-    assert cache_file().is_relative_to(volume)
+    kept = cache_file()
+    assert kept is not None
+    assert kept.is_relative_to(volume)
 
 
 def test_the_compose_file_is_one_and_its_parts_fit() -> None:

@@ -136,7 +136,9 @@ def test_models_and_what_is_measured_are_kept_in_the_cache_of_a_unit(
     [folder] = (Path("%C") / each for each in found["CacheDirectory"])
     variables = dict(each.split("=", 1) for each in found["Environment"])
     monkeypatch.setenv("XDG_CACHE_HOME", variables["XDG_CACHE_HOME"])
-    assert cache_file().is_relative_to(folder)
+    kept = cache_file()
+    assert kept is not None
+    assert kept.is_relative_to(folder)
     assert Path(variables["HF_HOME"]).is_relative_to(folder)
 
 
