@@ -112,9 +112,9 @@ def _let_indexes_find(connection: psycopg.Connection[Row], column: Row, k: int) 
 
 
 def _nearest(column: dict[str, Any], k: int) -> sql.Composed:
-    """By pgvector's cosine operator where the target is of its types, so that an index can serve; else by arithmetic.
+    """By pgvector's cosine operator where the target is of its types, so that an index can serve; else by `_COSINE`.
 
-    Stored vectors have unit length, so the dot product is the cosine.
+    A vector of zeros has no direction: its score is no number, and its row is left out, as in cdc_embedder.search.
     """
     target = sql.Identifier("t", column["target"])
     keys = sql.SQL(", ").join(
@@ -127,15 +127,37 @@ def _nearest(column: dict[str, Any], k: int) -> sql.Composed:
         schema = column["kind_schema"]
         operator = sql.SQL("OPERATOR({}.<=>)").format(sql.Identifier(schema))
         question = sql.SQL("CAST({} AS {})").format(sql.SQL("$1::real[]"), sql.Identifier(schema, column["kind"]))
-        score = sql.SQL("1 - ({} {} {})").format(target, operator, question)
-        order = sql.SQL("{} {} {}").format(target, operator, question)
+        distance = sql.SQL("{} {} {}").format(target, operator, question)
+        score = sql.SQL("1 - ({})").format(distance)
+        chosen = sql.SQL("{} IS NOT NULL ORDER BY {} LIMIT {}").format(target, distance, sql.Literal(k))
     else:
-        score = sql.SQL("(SELECT sum(u.a * u.b) FROM unnest({}::float8[], $1::float8[]) AS u(a, b))").format(target)
-        order = sql.Composed([sql.SQL("score DESC")])
+        element = sql.SQL(_IN_RANGE if column["kind"] == "_float8" else "v.a")
+        score = sql.SQL(_COSINE).format(target=target, element=element)
+        chosen = sql.SQL(_COMPARABLE).format(target=target)
     return sql.SQL(
-        "SELECT {keys}, {score} AS score, concat_ws(' ', {text}) AS text FROM {table} t WHERE {target} IS NOT NULL"
-        " ORDER BY {order} LIMIT {k}"
-    ).format(keys=keys, score=score, text=text, table=table, target=target, order=order, k=sql.Literal(k))
+        "SELECT * FROM (SELECT {keys}, {score} AS score, concat_ws(' ', {text}) AS text FROM {table} t"
+        " WHERE {chosen}) f WHERE f.score <> 'NaN' ORDER BY f.score DESC LIMIT {k}"
+    ).format(keys=keys, score=score, text=text, table=table, chosen=chosen, k=sql.Literal(k))
+
+
+# As in sql/functions/search.sql: no right is needed but to read the table, and no row can fail the statement, whatever
+# somebody wrote into it.
+_COSINE = """
+(SELECT sum(u.a * u.b) / nullif(sqrt(sum(u.a * u.a)) * (SELECT sqrt(sum(q * q)) FROM unnest($1::float8[]) AS q), 0)
+   FROM (SELECT {element} AS a, v.b
+           FROM (SELECT unnest({target})::float8 AS a, unnest($1::float8[]) AS b) v) u)
+"""
+
+_IN_RANGE = "CASE WHEN abs(v.a) < 1e-100 THEN 0 WHEN abs(v.a) < 1e100 THEN v.a ELSE 'NaN' END"
+"""An element of which the square is in range: beyond it a row is left out, where the statement would fail."""
+
+_COMPARABLE = """
+CASE WHEN array_ndims({target}) = 1 AND cardinality({target}) = cardinality($1::float8[])
+     THEN array_position({target}, NULL) IS NULL END
+OFFSET 0
+"""
+"""One dimension and the question's length, no NULL: in this order. OFFSET 0 has the score computed once a row, and
+only of these."""
 
 
 def _spec_of_database(dsn: str, model: str) -> ModelSpec:

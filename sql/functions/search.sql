@@ -9,7 +9,6 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     c cdc_embedder.embedding_column;
-    of_model cdc_embedder.model;
     target record;
     key text;
 BEGIN
@@ -18,7 +17,6 @@ BEGIN
         RAISE EXCEPTION 'the column % of % is not configured', quote_ident($2), $1
             USING ERRCODE = 'undefined_object', HINT = 'SELECT * FROM cdc_embedder.embedding_column shows what is.';
     END IF;
-    SELECT * INTO of_model FROM cdc_embedder.model m WHERE m.name = c.model;
     SELECT a.attname AS name, y.typname AS type, n.nspname AS schema INTO target
       FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid JOIN pg_namespace n ON n.oid = y.typnamespace
      WHERE a.attrelid = $1 AND a.attnum = c.target_attnum;
@@ -28,7 +26,7 @@ BEGIN
     model := c.model;
     IF target.type IN ('vector', 'halfvec') THEN
         vector_type := format('%I.%I', target.schema, target.type);
-        -- An index may give the rows almost in order.
+        -- An index may give the rows almost in order. A vector of zeros has no direction: its distance is NaN.
         statement := format($statement$
             SELECT f.key, 1 - f.distance
               FROM (SELECT jsonb_build_object(%1$s) AS key, t.%2$I OPERATOR(%3$I.<=>) $1::%4$s AS distance
@@ -36,21 +34,37 @@ BEGIN
                      WHERE t.%2$I IS NOT NULL
                      ORDER BY t.%2$I OPERATOR(%3$I.<=>) $1::%4$s
                      LIMIT $2) f
+             WHERE f.distance <> 'NaN'
              ORDER BY f.distance
             $statement$, key, target.name, target.schema, vector_type, $1);
     ELSE
+        -- Plain arithmetic: no right is needed but to read the table, and no row can fail the statement, whatever somebody
+        -- wrote into it. OFFSET 0 has the score computed once a row, and only of rows that can be compared.
         statement := format($statement$
-            SELECT jsonb_build_object(%1$s), cdc_embedder.%2$I(t.%3$I, $1)::double precision AS score
-              FROM %4$s t
-             WHERE cardinality(t.%3$I) = cardinality($1)
-             ORDER BY score DESC
+            SELECT f.key, f.score
+              FROM (SELECT jsonb_build_object(%1$s) AS key,
+                           (SELECT sum(u.a * u.b)
+                                   / nullif(sqrt(sum(u.a * u.a)) * (SELECT sqrt(sum(q::float8 * q::float8)) FROM unnest($1) AS q), 0)
+                              FROM (SELECT %2$s AS a, v.b
+                                      FROM (SELECT unnest(t.%3$I)::float8 AS a, unnest($1)::float8 AS b) v) u) AS score
+                      FROM %4$s t
+                     WHERE CASE WHEN array_ndims(t.%3$I) = 1 AND cardinality(t.%3$I) = cardinality($1)
+                                THEN array_position(t.%3$I, NULL) IS NULL END
+                    OFFSET 0) f
+             WHERE f.score <> 'NaN'
+             ORDER BY f.score DESC
              LIMIT $2
-            $statement$, key, CASE WHEN of_model.normalize THEN 'dot_product' ELSE 'cosine_similarity' END, target.name, $1);
+            $statement$, key,
+            -- The square of any real is in range.
+            CASE target.type WHEN '_float8' THEN 'CASE WHEN abs(v.a) < 1e-100 THEN 0 WHEN abs(v.a) < 1e100 THEN v.a ELSE ''NaN'' END'
+                             ELSE 'v.a' END,
+            target.name, $1);
     END IF;
 END
 $$;
 
--- The k rows whose vectors are nearest to the question's, the nearest first; `score` is the cosine similarity.
+-- The k rows whose vectors are nearest to the question's, the nearest first; `score` is the cosine similarity. A row whose
+-- vector has none (zeros, an element that is NULL or no number, another length) is passed over.
 CREATE OR REPLACE FUNCTION cdc_embedder.search(
     source_table regclass, target_column name, question text, k int DEFAULT 10)
 RETURNS TABLE (key jsonb, score double precision)

@@ -11,6 +11,8 @@ import pytest
 from psycopg import sql
 
 from cdc_embedder.install import install
+from cdc_embedder.searching import search_column
+from cdc_embedder.settings import Settings
 from tests.configuring import one
 from tests.documents import make_documents, make_model, target_type
 from tests.servers import Bench, make_bench
@@ -100,7 +102,7 @@ def test_search_leaves_the_settings_of_the_session_as_they_were(served: Bench) -
 
 def test_the_index_serves_where_there_is_one(served: Bench) -> None:
     """In the statement inside search(), and in the forms that the documentation gives."""
-    by = "Index Scan using nearest on documents" if served.has_vector else "dot_product"
+    by = f"{'Index Scan using nearest' if served.has_vector else 'Seq Scan'} on documents"
     said: list[str] = []
     with psycopg.connect(served.dsn_admin, autocommit=True) as conn:
         conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
@@ -152,12 +154,6 @@ def test_every_type_of_vectors_and_any_names_can_be_searched(served: Bench) -> N
                 ),
                 [(n, (vector * length * n if length > 1 else vector).tolist()) for n, vector in vectors.items()],
             )
-        if kind.endswith("[]"):
-            served.admin.execute(
-                sql.SQL("INSERT INTO {} VALUES (0, '2026-01-31', 'of another model', '{{1}}')").format(
-                    sql.SQL(table)  # type: ignore[arg-type]
-                )
-            )
         configure_column(served, table, target, model)
         scores = {n: float(vector @ question[model == "long"]) for n, vector in vectors.items()}
         best = sorted(scores, key=lambda n: -scores[n])[:5]
@@ -167,6 +163,78 @@ def test_every_type_of_vectors_and_any_names_can_be_searched(served: Bench) -> N
         assert [key for key, _ in found] == [{"k": "2026-01-31", "Key []": n} for n in best], (kind, model)
         tolerance = 2e-3 if kind.startswith("half") else 1e-6
         np.testing.assert_allclose([score for _, score in found], [scores[n] for n in best], atol=tolerance)
+
+
+NOT_COMPARABLE = {
+    "real[]": ["{1}", "{9,9,9,9,9,9,9,9,9}", "{}", "{{9,9,9,9},{9,9,9,9}}", "{1,2,3,4,5,6,7,NULL}",
+               "{NULL,NULL,NULL,NULL,NULL,NULL,NULL,NULL}", "{0,0,0,0,0,0,0,0}", "{-0,0,0,0,0,0,0,0}",
+               "{1,2,3,4,5,6,7,NaN}", "{Infinity,2,3,4,5,6,7,8}", "{-Infinity,Infinity,3,4,5,6,7,8}"],
+    "double precision[]": ["{1e200,2,3,4,5,6,7,8}", "{1e-200,0,0,0,0,0,0,0}"],
+    "vector(8)": ["[0,0,0,0,0,0,0,0]"],
+    "halfvec(8)": ["[0,0,0,0,0,0,0,0]"],
+}  # fmt: skip
+"""What has no angle to another vector of eight dimensions. Those of real[] have none in double precision either."""
+
+EXTREME = {
+    "real[]": ["{3e38,-3e38,3e38,1e-45,0,3e38,3e38,3e38}", "{1e-45,0,-1e-45,0,0,0,0,0}", "[5:12]={1,2,3,4,5,6,7,8}"],
+    "double precision[]": ["{1e90,-1e90,0,1e-90,1e-200,0,1e-90,1}", "{1e-90,0,0,0,0,0,0,1e-300}"],
+    "vector(8)": ["[1e18,-1e18,1e18,1e-18,0,1e18,1e18,1e18]"],
+    "halfvec(8)": ["[60000,-60000,60000,1e-5,0,0,0,1]"],
+}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_command_line_and_sql_find_the_same_and_neither_stumbles_over_a_vector_that_has_no_score(
+    served: Bench, normalize: bool
+) -> None:
+    """By cosine, the nearest first: whatever the application wrote, and whatever the model's row says of lengths."""
+    model = f"lengths {normalize}"
+    served.admin.execute(
+        "INSERT INTO cdc_embedder.model (name, backend, dimensions, normalize, query_prompt)"
+        " VALUES (%s, 'fake', 8, %s, 'q: ')",
+        (model, normalize),
+    )
+    question = fake_vector(model, "q: a question", 8).astype(np.float64)
+    plain = [(stored(n).astype(np.float64) * 10.0 ** (n % 5 - 2)).tolist() for n in range(30)]
+    for kind in ["real[]", "double precision[]"] + ["vector(8)", "halfvec(8)"] * served.has_vector:
+        arrays = kind.endswith("[]")
+        good = ["{" + str(vector)[1:-1] + "}" if arrays else str(vector) for vector in plain] + EXTREME[kind]
+        bad = [*NOT_COMPARABLE[kind], None]
+        if kind == "double precision[]":
+            good, bad = good + EXTREME["real[]"], bad + NOT_COMPARABLE["real[]"]
+        table = f"{kind[0]}_{normalize}".lower()
+        served.admin.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, body text, embedding {kind})")  # type: ignore[arg-type]
+        with served.admin.cursor() as cursor:
+            cursor.executemany(
+                f"INSERT INTO {table} VALUES (%s, 'text', %s)",  # type: ignore[arg-type]
+                enumerate([*good, *bad]),
+            )
+        configure_column(served, table, "embedding", model)
+        rows = served.admin.execute(
+            f"SELECT id, embedding::{kind if arrays else 'real[]'} FROM {table} WHERE id < {len(good)}"  # type: ignore[arg-type]
+        ).fetchall()
+        scores = {id: np.array(v) @ question / np.linalg.norm(v) / np.linalg.norm(question) for id, v in rows}
+        for indexed in [False] if arrays else [False, True]:
+            if indexed:
+                family = f"{kind.partition('(')[0]}_cosine_ops"
+                served.admin.execute(f"CREATE INDEX ON {table} USING hnsw (embedding {family})")  # type: ignore[arg-type]
+            for k in (7, 1000):
+                assert_both_find(served, table, k, scores, "off" if indexed else "on")
+
+
+def assert_both_find(served: Bench, table: str, k: int, scores: dict[int, float], seqscan: str) -> None:
+    best = sorted(scores.values(), reverse=True)[:k]
+    near = 2e-3 if table.startswith("h") else 1e-5
+    by_sql = "SELECT (key ->> 'id')::int, score FROM cdc_embedder.search(%s, 'embedding', 'a question', %s)"
+    with served.admin.transaction():
+        served.admin.execute(f"SET LOCAL enable_seqscan = {seqscan}")  # type: ignore[arg-type]
+        told = served.admin.execute(by_sql, (table, k)).fetchall()
+    dsn = f"{served.dsn_admin} options='-c enable_seqscan={seqscan}'"
+    shown = search_column(Settings(dsn=dsn), table, "embedding", "a question", k)  # type: ignore[arg-type]
+    for found in (told, [(int(row.key["id"]), row.score) for row in shown]):
+        assert {id for id, _ in found} <= scores.keys(), table
+        np.testing.assert_allclose([score for _, score in found], best, atol=near, err_msg=table)
+        np.testing.assert_allclose([scores[id] for id, _ in found], best, atol=near, err_msg=table)
 
 
 def test_what_cannot_be_searched_is_refused(served: Bench) -> None:
@@ -187,8 +255,7 @@ def test_the_rows_are_read_with_the_callers_rights(served: Bench) -> None:
     served.admin.execute(
         f"CREATE ROLE {role}; GRANT USAGE ON SCHEMA cdc_embedder TO {role};"  # type: ignore[arg-type]
         "GRANT EXECUTE ON FUNCTION cdc_embedder.search(regclass, name, text, int),"
-        " cdc_embedder._search_column(regclass, name), cdc_embedder.embed_query(text, text),"
-        f" cdc_embedder.dot_product(real[], real[]) TO {role};"
+        f" cdc_embedder._search_column(regclass, name), cdc_embedder.embed_query(text, text) TO {role};"
         "CREATE POLICY own ON documents USING (id <= 3)"
     )
     try:
