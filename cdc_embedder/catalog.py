@@ -243,7 +243,9 @@ def _target(row: Mapping[str, Any] | None) -> Target | None:
 def _fault(row: Mapping[str, Any], target: Target | None, model: ModelSpec) -> str | None:
     """Why the column cannot be served as the catalog stands now; None where it can."""
     if row["table"] is None:
-        return f"the table {row['source_schema']}.{row['source_name']} was dropped; remove the column"
+        name = join_plain([row["source_schema"], row["source_name"]])
+        statement = f"DELETE FROM cdc_embedder.embedding_column WHERE id = {row['id']}"
+        return f"the table {name} was dropped; remove the column: {statement}"
     if row["named_oid"] not in (None, row["table_oid"]):
         name = join_plain([row["source_schema"], row["source_name"]])
         called = name.replace("'", "''")

@@ -186,9 +186,10 @@ def remove(
     config: Config = None,
 ) -> None:
     """Stop filling a column; its vectors stay."""
+    from cdc_embedder import pausing
+
     table, target = table_and_column(column)
-    ask(read_settings(config, dsn=dsn), "removing the column",
-         "SELECT cdc_embedder.remove_embedding_column($1::regclass, $2)", (table, target))  # fmt: skip
+    pausing.remove(read_settings(config, dsn=dsn).dsn.get_secret_value(), table, target, err.print)
     out.print(f"{column} is not filled any more; its vectors stay", soft_wrap=True)
 
 

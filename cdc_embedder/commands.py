@@ -32,7 +32,7 @@ class _Console(Console):
 out = _Console(markup=False, emoji=False, highlight=False)
 err = _Console(markup=False, emoji=False, highlight=False, stderr=True, soft_wrap=True)
 
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings [env: CDC_EMBEDDER_CONFIG].")]
+Config = Annotated[Path | None, typer.Option(dir_okay=False, help="TOML file of settings [env: CDC_EMBEDDER_CONFIG].")]
 Dsn = Annotated[str | None, typer.Option(help="libpq conninfo or URI [env: CDC_EMBEDDER_DSN; empty: libpq's own].")]
 Slot = Annotated[str | None, typer.Option(help="Replication slot [env: CDC_EMBEDDER_SLOT; default cdc_embedder].")]
 ReplicationDsn = Annotated[str | None, typer.Option(help="Where the slot is read, if elsewhere.")]
@@ -53,11 +53,7 @@ def ask(settings: Any, doing: str, statement: LiteralString, parameters: Sequenc
     """The row of one statement in the operator's own name and search path; notices are shown. Raises Problem."""
     from cdc_embedder.asking import session
 
-    def show(notice: Any) -> None:
-        err.print(". ".join(filter(None, (notice.message_primary, notice.message_hint))))
-
-    with session(settings.dsn.get_secret_value(), "cli", doing) as connection:
-        connection.add_notice_handler(show)
+    with session(settings.dsn.get_secret_value(), "cli", doing, err.print) as connection:
         [row] = connection.execute(statement, parameters).fetchall()
     return row
 
@@ -144,7 +140,7 @@ def pause(
     """Stop filling a column, or all of a table: nothing is lost, `resume` scans for what changed meanwhile."""
     from cdc_embedder import pausing
 
-    columns = pausing.pause(read_settings(config, dsn=dsn).dsn.get_secret_value(), name)
+    columns = pausing.pause(read_settings(config, dsn=dsn).dsn.get_secret_value(), name, err.print)
     out.print(f"{columns} column(s) paused until: cdc-embedder resume {name}", soft_wrap=True)
 
 
@@ -164,7 +160,7 @@ def resume(
         raise Problem("resume what", hint="name a table or a column, or give --slot alone")
     settings = read_settings(config, dsn=dsn)
     if name is not None:
-        columns = pausing.resume(settings.dsn.get_secret_value(), name)
+        columns = pausing.resume(settings.dsn.get_secret_value(), name, err.print)
         out.print(f"{columns} column(s) go on; a scan finds what changed meanwhile", soft_wrap=True)
     elif ask(settings, "taking the slot again", "SELECT cdc_embedder.take_slot_again() AS taken")["taken"]:
         out.print("the running service makes the slot anew, and scans every table", soft_wrap=True)

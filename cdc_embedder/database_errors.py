@@ -9,6 +9,8 @@ SQLSTATE classes: https://www.postgresql.org/docs/current/errcodes-appendix.html
 
 from __future__ import annotations
 
+import os
+
 import psycopg
 
 from cdc_embedder.errors import ColumnFault, Misconfigured, Problem, ServerGone, SlotBusy, Temporary
@@ -17,7 +19,7 @@ _SERVER_GONE = ("08", "57P")  # connection exceptions; admin shutdown, crash shu
 _SESSION_GONE = ("53300", "25006", "25P03", "25P04")  # no connection left, a standby, timeouts that end a session
 _TRY_AGAIN = ("40001", "40P01", "55P03", "57014")  # serialization, deadlock, lock timeout, cancelled
 _COLUMN = ("42P01", "42703", "42704", "42804", "42846", "42883", "42501", "22000", "22P02", "428C9", "23502", "42P17")
-_NOT_FOUND = ("42P01", "42883", "42703", "42704")
+NOT_FOUND = ("42P01", "42883", "42703", "42704")
 
 _NEVER_CONNECTS = (
     "password authentication failed",
@@ -46,6 +48,18 @@ _MAY_CONNECT = (
 """What another host of the list, or the same one, may get over."""
 
 
+_NAMES_A_DATABASE = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE")
+"""Variables of libpq: where none of them is set, nobody has said which database is meant."""
+
+
+def not_connected(error: psycopg.Error, dsn: str, doing: str) -> Problem:
+    """The driver's `error`, met while `doing` what begins with connecting to `dsn`."""
+    problem = from_database(error, doing)
+    if error.sqlstate is None and not dsn and not any(map(os.environ.get, _NAMES_A_DATABASE)):
+        problem.hint = "; ".join(filter(None, (problem.hint, "set CDC_EMBEDDER_DSN: no database is named")))
+    return problem
+
+
 def from_database(error: psycopg.Error, doing: str, *, of_rows: bool = False) -> Problem:
     """Translate the driver's `error`, met while `doing` something, by its SQLSTATE.
 
@@ -72,7 +86,7 @@ def from_database(error: psycopg.Error, doing: str, *, of_rows: bool = False) ->
         return Temporary(message, hint=hint, sqlstate=state)
     if state.startswith("28") or state == "3D000":
         return Misconfigured(message, hint=hint or "check the DSN, the password and pg_hba.conf", sqlstate=state)
-    if state in _NOT_FOUND and error.diag.context and not hint:
+    if of_rows and state in NOT_FOUND and error.diag.context and not hint:
         hint = (
             "a function, such as a trigger's, looks for it by search_path, and that of our sessions is pg_catalog:"
             " ALTER FUNCTION … SET search_path = …"
@@ -92,4 +106,4 @@ def _may_quote_a_row(error: psycopg.Error) -> bool:
         return True
     if state.startswith("22") and state != "22000":  # 22000 is pgvector's: other dimensions
         return True
-    return bool(said.context) and state not in _NOT_FOUND
+    return bool(said.context) and state not in NOT_FOUND

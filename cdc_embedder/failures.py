@@ -28,9 +28,9 @@ def find(dsn: str, name: str | None, error: str | None, key: str | None, limit: 
     """The failed rows of the table or column `name` (None: of all), whose error contains `error`, whose key has the
     value `key`: those to be tried again first, `limit` of them. Raises Problem."""
     with session(dsn, "cli", "reading the failed rows") as connection:
-        table, column = (None, None) if name is None else called(connection, name)
+        ids = None if name is None else called(connection, name).ids
         connection.execute("SET TimeZone = 'UTC'")
-        rows = connection.execute(_FAILED, (column, table, error, key, limit)).fetchall()
+        rows = connection.execute(_FAILED, (ids, error, key, limit)).fetchall()
     total = rows[0]["total"] if rows else 0
     return Found([{name: row[name] for name in row if name != "total"} for row in rows], total - len(rows))
 
@@ -88,11 +88,9 @@ def _plain(value: object) -> object:
 _FAILED = """
 SELECT f.*, count(*) OVER () AS total
   FROM cdc_embedder.failed f
- WHERE ($1::int IS NULL OR f.column_id = $1)
-   AND ($1::int IS NOT NULL OR $2::text IS NULL
-        OR f.column_id IN (SELECT c.id FROM cdc_embedder.embedding_column c WHERE c.source_table = $2::regclass))
-   AND ($3::text IS NULL OR strpos(lower(f.error), lower($3)) > 0)
-   AND ($4::text IS NULL OR EXISTS (SELECT FROM jsonb_each_text(f.key) k WHERE k.value = $4))
+ WHERE ($1::int[] IS NULL OR f.column_id = ANY ($1))
+   AND ($2::text IS NULL OR strpos(lower(f.error), lower($2)) > 0)
+   AND ($3::text IS NULL OR EXISTS (SELECT FROM jsonb_each_text(f.key) k WHERE k.value = $3))
  ORDER BY f.retry_at, f.column_id, f.key
- LIMIT $5
+ LIMIT $4
 """

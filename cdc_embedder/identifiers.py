@@ -37,6 +37,11 @@ def join(parts: Sequence[str]) -> str:
     return ".".join('"' + part.replace('"', '""') + '"' for part in parts)
 
 
+def column_of(table: str, name: str) -> str:
+    """The column `name` of a table that is quoted already, as our views have it: to be pasted into a command."""
+    return f"{table}.{join_plain([name])}"
+
+
 def join_plain(parts: Sequence[str]) -> str:
     """A name for people: quoted only where SQL would want it."""
     return ".".join(

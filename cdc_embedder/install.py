@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.rows import TupleRow
 
 from cdc_embedder.conninfo import pinned
-from cdc_embedder.database_errors import from_database
+from cdc_embedder.database_errors import from_database, not_connected
 from cdc_embedder.errors import Misconfigured
 from cdc_embedder.installable import (
     EMBED_SUFFIX,
@@ -112,7 +112,7 @@ def install(
             sqlstate=error.sqlstate,
         ) from error
     except psycopg.Error as error:
-        raise from_database(error, "installing cdc_embedder") from error
+        raise not_connected(error, dsn, "installing cdc_embedder") from error
 
 
 def upgrade(dsn: str) -> list[str]:

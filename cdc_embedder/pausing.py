@@ -1,73 +1,143 @@
-"""`cdc-embedder pause` and `resume`: of all columns of a table, or of one. And what a name on the command line means.
+"""`cdc-embedder pause`, `resume` and `remove`. And what a name on the command line means.
 
-A column that is paused is not served: its changes are passed over, and a scan is requested when it goes on.
+A column that is paused is not served: its changes are passed over, and a scan is requested when it goes on. A table
+that was dropped has no name any more: its columns are found by the one that it had when they were configured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import LiteralString
+
 import psycopg
 
-from cdc_embedder.asking import Row, session
+from cdc_embedder.asking import NAMES, Row, session
 from cdc_embedder.errors import Problem
-from cdc_embedder.identifiers import join, split
+from cdc_embedder.identifiers import join, join_plain, split
 
 Connection = psycopg.Connection[Row]
 
+Show = Callable[[str], None]
 
-def pause(dsn: str, name: str) -> int:
-    """Stop filling what `name` means; returns how many columns it is. Raises Problem."""
-    with session(dsn, "cli", "pausing") as connection:
-        table, column = called(connection, name)
-        if column is None:
-            return _number(connection, "SELECT cdc_embedder.pause($1::regclass) AS columns", table)
-        connection.execute("UPDATE cdc_embedder.embedding_column SET enabled = false WHERE id = $1", (column,))
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """A table, quoted, and the ids of its configured columns, or of one of them where the name is a column's (`one`).
+
+    `gone`: the table was dropped.
+    """
+
+    table: str
+    ids: list[int]
+    one: bool
+    gone: bool
+
+
+def pause(dsn: str, name: str, show: Show | None = None) -> int:
+    """Stop filling what `name` means; returns how many columns it is. Raises Problem. `show`: as of `session`."""
+    with session(dsn, "cli", "pausing", show) as connection:
+        meant = _there(called(connection, name))
+        if not meant.one:
+            return _number(connection, "SELECT cdc_embedder.pause($1::regclass) AS columns", meant.table)
+        connection.execute("UPDATE cdc_embedder.embedding_column SET enabled = false WHERE id = $1", meant.ids)
         return 1
 
 
-def resume(dsn: str, name: str) -> int:
-    """Go on with what `name` means; returns how many columns it is. Raises Problem.
+def resume(dsn: str, name: str, show: Show | None = None) -> int:
+    """Go on with what `name` means; returns how many columns it is. Raises Problem. `show`: as of `session`.
 
     A column whose table was replaced by another of its name is bound to the new one.
     """
-    with session(dsn, "cli", "resuming") as connection:
-        table, column = called(connection, name)
-        if column is None:
-            return _number(connection, "SELECT cdc_embedder.resume($1::regclass) AS columns", table)
+    with session(dsn, "cli", "resuming", show) as connection:
+        meant = _there(called(connection, name))
+        if not meant.one:
+            return _number(connection, "SELECT cdc_embedder.resume($1::regclass) AS columns", meant.table)
         connection.execute(
             "UPDATE cdc_embedder.embedding_column SET source_table = $2::regclass, enabled = true WHERE id = $1",
-            (column, table),
+            (*meant.ids, meant.table),
         )
         return 1
 
 
-def called(connection: Connection, name: str) -> tuple[str, int | None]:
-    """The table that `name` means, quoted, and the id of the configured column where it means one of those.
+def remove(dsn: str, table: str, target: str, show: Show | None = None) -> None:
+    """Stop serving the column `target` of `table` (quoted), which may have been dropped. Raises Problem."""
+    parts = split(table)
+    name = join_plain([*parts, target])
+    with session(dsn, "cli", "removing the column", show) as connection:
+        found = configured(connection, parts, target)
+        if not found:
+            raise Problem(f"{name} is not configured", hint=NAMES)
+        # One whose table was renamed has that name now; one whose table was dropped is still told by the old one.
+        meant = [row["id"] for row in found if row["present"] or row["gone"] or not found[0]["present"]]
+        if len(meant) > 1:
+            earlier = next((row["id"] for row in found if row["gone"]), meant[-1])
+            raise Problem(
+                f"{len(meant)} configured columns are called {name}: a table of that name was replaced",
+                hint=f"the earlier table's is removed by its id: DELETE FROM cdc_embedder.embedding_column"
+                f" WHERE id = {earlier}",
+            )
+        connection.execute("DELETE FROM cdc_embedder.embedding_column WHERE id = $1", meant)
+
+
+def called(connection: Connection, name: str) -> Meant:
+    """The table or the configured column that `name` means.
 
     `a.b` is the column b of the table a where such a column is configured, else the table b of the schema a. Raises
     Problem.
     """
     parts = split(name)
-    if len(parts) > 1:
-        table = join(parts[:-1])
-        found = connection.execute(_COLUMN, (table, parts[-1])).fetchone() if len(parts) <= 3 else None
-        if found is not None:
-            return table, found["id"]
+    if 1 < len(parts) <= 3 and (found := configured(connection, parts[:-1], parts[-1])):
+        there = found[0]["there"]
+        return Meant(join(parts[:-1]) if there else found[0]["stored"], [found[0]["id"]], one=True, gone=not there)
     if len(parts) <= 2:
-        table = join(parts)
+        table, found = join(parts), configured(connection, parts)
         if connection.execute("SELECT to_regclass($1) IS NOT NULL AS yes", (table,)).fetchall()[0]["yes"]:
-            return table, None
+            return Meant(table, [row["id"] for row in found if row["present"]], one=False, gone=False)
+        if found:
+            return Meant(found[0]["stored"], [row["id"] for row in found], one=False, gone=True)
     raise Problem(f"{name} is neither a table nor a configured column", hint="see: cdc-embedder status")
 
 
-def _number(connection: Connection, statement: str, table: str) -> int:
+def configured(connection: Connection, table: Sequence[str], target: str | None = None) -> list[Row]:
+    """The configured columns that the identifiers of a table, and of a column, may mean, the likeliest first.
+
+    `there`: a table has that name; `present`: it is the column's; `gone`: the column's was dropped; `stored`: the name
+    that it had when the column was configured. None of more than two parts.
+    """
+    if len(table) > 2:
+        return []
+    schema = table[0] if len(table) == 2 else None
+    return connection.execute(_CONFIGURED, (join(table), schema, table[-1], target)).fetchall()
+
+
+def _there(meant: Meant) -> Meant:
+    if meant.gone:
+        raise Problem(
+            f"the table {meant.table} was dropped",
+            hint="cdc-embedder remove ends that; or make a table of that name, and resume it",
+        )
+    return meant
+
+
+def _number(connection: Connection, statement: LiteralString, table: str) -> int:
     [row] = connection.execute(statement, (table,)).fetchall()
     return int(row["columns"])
 
 
-_COLUMN = """
-SELECT c.id FROM cdc_embedder.embedding_column c
- WHERE c.target_column = $2
-   AND (c.source_table = to_regclass($1)
-        OR (c.source_schema, c.source_name) = (SELECT n.nspname, t.relname FROM pg_class t
-             JOIN pg_namespace n ON n.oid = t.relnamespace WHERE t.oid = to_regclass($1)))
+_CONFIGURED = """
+SELECT c.id, named.oid IS NOT NULL AS there, c.source_table IS NOT DISTINCT FROM named.oid AS present,
+       t.oid IS NULL AS gone, format('%I.%I', c.source_schema, c.source_name) AS stored
+  FROM cdc_embedder.embedding_column c
+  LEFT JOIN pg_class t ON t.oid = c.source_table
+  LEFT JOIN (SELECT n.oid, n.relname, s.nspname AS schema
+               FROM pg_class n JOIN pg_namespace s ON s.oid = n.relnamespace
+              WHERE n.oid = to_regclass($1)) named ON true
+ WHERE ($4::name IS NULL OR c.target_column = $4)
+   AND CASE WHEN named.oid IS NULL
+            THEN t.oid IS NULL AND c.source_name = $3::name
+                 AND (c.source_schema = $2::name OR $2 IS NULL AND c.source_schema = ANY (current_schemas(true)))
+            ELSE c.source_table = named.oid
+                 OR (c.source_schema, c.source_name) = (named.schema, named.relname) END
+ ORDER BY present DESC, c.id
 """

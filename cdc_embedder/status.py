@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cdc_embedder.asking import Row, session
 from cdc_embedder.errors import Temporary
+from cdc_embedder.identifiers import column_of
 from cdc_embedder.sizes import size
 
 PERIOD_SECONDS = 1.0
@@ -152,7 +153,7 @@ def _lines(row: Row) -> list[str]:
 
 
 def _name(row: Row) -> str:
-    return f"{row['source_table']}.{row['target_column']}"
+    return column_of(row["source_table"], row["target_column"])
 
 
 def show_rows(found: list[Row], console: Console) -> None:

@@ -123,7 +123,7 @@ def test_a_wrong_dsn_is_a_sentence_without_the_password(command: list[str], dsn:
 def test_a_role_that_does_not_exist_is_told_with_what_to_check(bench18: Bench) -> None:
     sentence = fails(bench18, "status", CDC_EMBEDDER_DSN=bench18.server.dsn(bench18.database, "nobody_of_that_name"))
     assert "nobody_of_that_name" in sentence
-    assert sentence.endswith("check the DSN, the password and pg_hba.conf\n")
+    assert "check the DSN, the password and pg_hba.conf" in sentence
 
 
 def test_a_role_without_rights_is_told_so_and_one_that_may_read_the_status_sees_it(bench18: Bench) -> None:
@@ -213,8 +213,16 @@ def make_odd_table(bench: Bench) -> None:
         (["documents", "body", "n"], "integer", "Vectors are real[], double precision[], vector(n) or halfvec(n)"),
         (["documents", "body", "embedding", "--on-existing", "ignore"], "ignore is nothing to do", "replace or adopt"),
         (["documents", "body", "embedding", "--when-stale", "burn"], "burn is nothing to do", "keep or clear"),
-        (["nowhere", "body", "embedding"], 'relation "nowhere" does not exist', ""),
-        (["nowhere.documents", "body", "embedding"], 'relation "nowhere.documents" does not exist', ""),
+        (
+            ["nowhere", "body", "embedding"],
+            'relation "nowhere" does not exist',
+            "names are [SCHEMA.]TABLE, quoted as in",
+        ),
+        (
+            ["nowhere.documents", "body", "embedding"],
+            'relation "nowhere.documents" does not',
+            "see: cdc-embedder status",
+        ),
         (["documents", "body", "documents.embedding"], "not the name of a column", "the table is an argument"),
         (["documents", "body", "embedding,other"], "not a name", "quote it as in SQL"),
         (["documents", "body,", "embedding"], "not a name", "quote it as in SQL"),
@@ -242,6 +250,48 @@ def test_a_notice_reaches_the_operator_with_the_statement_and_who_may_run_it(ben
     assert done.returncode == 0, done.stderr
     assert f"ALTER PUBLICATION {bench18.slot} ADD TABLE public.documents" in done.stderr
     assert "It takes the rights of the owner of the table and of the publication" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["reconcile", "nowhere"], ["retry", "nowhere"], ["search", "nowhere.embedding", "text"], ["adopt", "nowhere.a"]],
+)
+def test_a_table_that_is_not_there_is_told_with_how_names_are_written(bench18: Bench, command: list[str]) -> None:
+    assert fails(bench18, *command).endswith(
+        'relation "nowhere" does not exist. see: cdc-embedder status; names are [SCHEMA.]TABLE, quoted as in SQL\n'
+    )
+
+
+def test_what_the_server_remarks_by_itself_is_not_shown(bench18: Bench) -> None:
+    """As of a DROP … IF EXISTS; a trigger of the user's is heard."""
+    make_model(bench18)
+    bench18.admin.execute(DOCUMENTS)
+    configure(bench18.admin, model="fake")
+    bench18.admin.execute(
+        "CREATE FUNCTION remark() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " DROP TABLE IF EXISTS nowhere; RAISE NOTICE 'a remark' USING HINT = 'for people'; RETURN NULL; END $$;"
+        "CREATE TRIGGER remark AFTER DELETE ON cdc_embedder.embedding_column FOR EACH ROW EXECUTE FUNCTION remark()"
+    )
+    done = asked(bench18, "remove", "documents.embedding")
+    assert (done.returncode, done.stderr) == (0, "a remark. for people\n")
+
+
+@pytest.mark.parametrize("command", ["status", "init"])
+def test_where_no_database_is_named_that_is_told(command: str) -> None:
+    named = "set CDC_EMBEDDER_DSN"
+    missing = cli(command, PGPORT="1")
+    assert missing.returncode == 1
+    assert named in missing.stderr
+    for environment in ({"PGHOST": "/nowhere"}, {"CDC_EMBEDDER_DSN": "port=1"}):
+        elsewhere = cli(command, **environment)
+        assert elsewhere.returncode == 1
+        assert named not in elsewhere.stderr
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path: Path) -> None:
+    done = cli("status", "--config", str(tmp_path))
+    assert done.returncode == 2
+    assert "is a directory" in done.stderr
 
 
 def test_remove_stops_filling_and_leaves_the_vectors(bench18: Bench) -> None:

@@ -121,6 +121,83 @@ def test_a_column_whose_table_was_replaced_is_bound_to_the_one_of_its_name_by_re
     ).fetchall() == [("embedding", "documents"), ("second", "old")]
 
 
+def test_a_column_whose_table_was_dropped_is_removed_by_the_name_that_status_shows(bench18: Bench) -> None:
+    make_model(bench18)
+    make_documents(bench18)
+    bench18.admin.execute(f'CREATE SCHEMA "Shop"; CREATE TABLE "Shop".t2 (id int PRIMARY KEY, body text,'
+                          f' embedding {target_type(bench18)}, "Vec Tor" {target_type(bench18)})')  # type: ignore[arg-type]  # fmt: skip
+    for target in ("embedding", "Vec Tor"):
+        bench18.admin.execute(
+            "INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model)"
+            " VALUES ('\"Shop\".t2', '{body}', %s, 'fake')",
+            (target,),
+        )
+    bench18.admin.execute('DROP SCHEMA "Shop" CASCADE; DROP TABLE documents')
+    for name in ('"Shop".documents.embedding', "public.t2.embedding", "t2.embedding", '"Shop".t2.vec'):
+        assert "is not configured" in fails(bench18, "remove", name)
+    shown = succeeds(bench18, "status")
+    for name in ('"Shop".t2.embedding', '"Shop".t2."Vec Tor"', "public.documents.embedding"):
+        assert name in shown
+    assert succeeds(bench18, "remove", "documents.embedding") == (
+        "documents.embedding is not filled any more; its vectors stay\n"
+    )
+    done = asked(bench18, "remove", '"Shop".t2."Vec Tor"')
+    assert (done.returncode, done.stderr) == (0, "")
+    assert enabled(bench18) == [("embedding", True)]
+
+
+def test_what_else_is_asked_of_a_table_that_was_dropped_is_told_that_it_was(bench18: Bench) -> None:
+    make_model(bench18)
+    make_documents(bench18)
+    bench18.admin.execute("DROP TABLE documents")
+    for name in ("documents", "documents.embedding", "public.documents.embedding"):
+        for command in ("pause", "resume"):
+            assert fails(bench18, command, name) == (
+                "cdc-embedder: the table public.documents was dropped. cdc-embedder remove ends that; or make a table"
+                " of that name, and resume it\n"
+            )
+        assert succeeds(bench18, "failed", name) == "no row failed, of those that were asked for\n"
+    make_documents(bench18, configure=False)
+    assert succeeds(bench18, "resume", "documents").startswith("1 column(s) go on")
+
+
+def test_of_two_columns_of_one_name_none_is_removed_by_it(bench18: Bench) -> None:
+    """The table was dropped, made anew and configured anew: status shows both."""
+    make_model(bench18)
+    make_documents(bench18)
+    bench18.admin.execute("DROP TABLE documents")
+    make_documents(bench18)
+    sentence = fails(bench18, "remove", "documents.embedding")
+    assert "2 configured columns are called documents.embedding" in sentence
+    [statement] = re.findall(r"DELETE FROM .*", sentence)
+    assert statement.endswith("id = 1")
+    bench18.admin.execute(statement)
+    succeeds(bench18, "remove", "documents.embedding")
+    assert enabled(bench18) == []
+
+
+def test_a_column_is_not_removed_by_the_name_that_its_table_had_before_another_took_it(bench18: Bench) -> None:
+    make_model(bench18)
+    make_documents(bench18)
+    bench18.admin.execute("ALTER TABLE documents RENAME TO old")
+    make_documents(bench18)
+    succeeds(bench18, "remove", "documents.embedding")
+    assert bench18.admin.execute("SELECT source_table::text FROM cdc_embedder.embedding_column").fetchall() == [
+        ("old",)
+    ]
+
+
+def test_a_schema_that_is_older_than_the_program_is_told_where_something_of_it_is_missing(bench18: Bench) -> None:
+    older = "the schema is older than this cdc-embedder: run cdc-embedder init"
+    bench18.admin.execute("DROP FUNCTION cdc_embedder.take_slot_again")
+    assert older not in fails(bench18, "resume", "--slot")
+    bench18.admin.execute("DELETE FROM cdc_embedder.migration WHERE version > 1")
+    assert older in fails(bench18, "resume", "--slot")
+    assert older not in fails(bench18, "reconcile", "pg_class")  # it is there, and says what is wrong
+    bench18.admin.execute("INSERT INTO cdc_embedder.migration (version, name) VALUES (1000, 'of tomorrow')")
+    assert "newer than this cdc-embedder: install the newer one" in fails(bench18, "resume", "--slot")
+
+
 def test_resume_wants_a_name_or_the_slot(bench18: Bench) -> None:
     for arguments in ([], ["documents", "--slot"]):
         assert "name a table or a column, or give --slot alone" in fails(bench18, "resume", *arguments)

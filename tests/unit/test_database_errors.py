@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import psycopg
 import pytest
 
@@ -63,3 +66,18 @@ def test_a_connection_that_was_never_made_has_only_words(words: str, kind: type[
     problem = from_database(psycopg.OperationalError(words), "connecting")
     assert type(problem) is kind
     assert problem.sqlstate is None
+
+
+class WithContext(psycopg.errors.UndefinedTable):
+    """As the server sends it with a CONTEXT: of a function, or of a parameter that cannot be read."""
+
+    @property
+    def diag(self) -> Any:
+        context = "unnamed portal parameter $1 = 'nowhere'"
+        names = ("message_hint", "source_function")
+        return SimpleNamespace(message_primary="it does not exist", context=context, **dict.fromkeys(names))
+
+
+def test_only_a_statement_on_rows_can_have_met_a_trigger_that_finds_nothing() -> None:
+    assert "search_path" in from_database(WithContext(), "writing", of_rows=True).hint
+    assert from_database(WithContext(), "asking").hint == ""
