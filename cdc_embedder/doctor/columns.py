@@ -5,15 +5,18 @@ What a configured column must be is judged by the database's own functions, thos
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import LiteralString
 
 import psycopg
 
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.doctor.finding import Check, Verdict, error, ok, statement, warning
+from cdc_embedder.doctor.mending import default_identity, mend, mend_target, not_full, split
 from cdc_embedder.doctor.patient import Patient
+from cdc_embedder.identifiers import join_plain
 
 
 async def configured(patient: Patient) -> list[Verdict]:
@@ -48,13 +51,13 @@ async def state(patient: Patient) -> list[Verdict]:
     """What the service says of each column, and what the catalog says against serving it."""
     if not patient.status:
         await patient.read_status()  # it failed before: now it is told why
-    return [_state(patient, column) for column in patient.columns]
+    return [await _state(patient, column) for column in patient.columns]
 
 
-def _state(patient: Patient, column: EmbeddingColumn) -> Verdict:
+async def _state(patient: Patient, column: EmbeddingColumn) -> Verdict:
     row = patient.status.get(column.id, {})
     if column.fault is not None:
-        return error(column.label, column.fault, _remedy_within(column.fault))
+        return error(column.label, column.fault, await _against_the_fault(patient, column))
     reason = row.get("reason") or ""
     if row.get("state") == "error":
         return error(column.label, f"the service cannot serve it: {reason}", _remedy_within(reason))
@@ -62,25 +65,39 @@ def _state(patient: Patient, column: EmbeddingColumn) -> Verdict:
         sentence = f"its model's circuit breaker is {row['circuit_breaker']}: {row.get('last_error') or reason}"
         return error(column.label, sentence, "cdc-embedder status # and the model's service, device or network")
     if row.get("state") == "paused" and column.enabled:
-        return warning(column.label, f"it is paused: {reason}", _remedy_within(reason))
+        remedy = _about_vectors(column) if column.on_existing == "ask" else _remedy_within(reason)
+        return warning(column.label, f"it is paused: {reason}", remedy)
     return ok(column.label, "paused by its operator" if not column.enabled else f"it is {row.get('state', 'new')}")
 
 
-def _remedy_within(sentence: str) -> str:
-    """What such a sentence says is to be done stands at its end; a statement goes to the very end."""
-    if found := re.search(r"(SELECT cdc_embedder\.|ALTER |GRANT ).*$", sentence):
-        return found[0]
-    for mark in ("; ", ". "):
-        if mark in sentence:
-            return sentence.rpartition(mark)[2]
-    return "cdc-embedder status # and the service's log"
+async def _against_the_fault(patient: Patient, column: EmbeddingColumn) -> str:
+    """What the check would say that finds the same; the fault itself ends with what is to be done otherwise."""
+    with suppress(psycopg.Error):  # those checks tell
+        for query, by in ((_CHECK_TABLE, mend), (_CHECK_KEY, mend), (_CHECK_TARGET, mend_target)):
+            for verdict in await _judge(patient, column, query, by):
+                return verdict.remedy
+    refused = column.refuses_updates and await default_identity(patient, column)
+    return refused or split(column.fault or "")[1]
+
+
+def _remedy_within(reason: str) -> str:
+    """The statement that such a sentence of the service's ends with, if it has one."""
+    _, remedy = split(reason)
+    return "cdc-embedder status # and the service's log" if remedy in ("", f"-- {reason}") else remedy
+
+
+def _about_vectors(column: EmbeddingColumn) -> str:
+    """What keeps nothing that is not the model's stands first."""
+    name = shlex.quote(join_plain([column.schema, column.table, column.target.name if column.target else ""]))
+    replace = f"UPDATE cdc_embedder.embedding_column SET on_existing = 'replace' WHERE id = {column.id};"
+    return f"cdc-embedder adopt {name} # or, to have them embedded anew: {replace}"
 
 
 async def source_table(patient: Patient) -> list[Verdict]:
     """Table, source columns, and that the slot can hear of it."""
     verdicts = []
     for column in there(patient):
-        found = await _judge(patient, column, _CHECK_TABLE)
+        found = await _judge(patient, column, _CHECK_TABLE, mend)
         if found:
             verdicts += found
         elif column.unlogged:
@@ -103,35 +120,30 @@ SELECT cdc_embedder._check_table(c.source_table, c.id),
 
 
 async def primary_key(patient: Patient) -> list[Verdict]:
-    return await _by_key(patient, lambda state: state != _IDENTITY, "its primary key serves")
+    verdicts = []
+    for column in there(patient):
+        refused = await _judge(patient, column, _CHECK_KEY, mend, lambda state: state != _IDENTITY)
+        verdicts += refused or [ok(column.label, "its primary key serves")]
+    return verdicts
 
 
 async def replica_identity(patient: Patient) -> list[Verdict]:
     """NOTHING, or an index that is gone, makes the application's updates fail; FULL makes them dear."""
-    verdicts = await _by_key(patient, lambda state: state == _IDENTITY, "its replica identity serves")
+    verdicts = []
     for column in there(patient):
-        [full] = await patient.one(
-            "SELECT string_agg(oid::regclass::text, ', ') FROM pg_class WHERE relreplident = 'f' AND relkind = 'r'"
-            "   AND oid IN (SELECT $1::oid UNION SELECT relid FROM pg_partition_tree($1::oid))",
-            column.table_oid,
-        )
+        if refused := await _judge(patient, column, _CHECK_KEY, mend, lambda state: state == _IDENTITY):
+            verdicts += refused
+            continue
+        full, remedy = await not_full(patient, column)
         if full:
-            verdicts = [verdict for verdict in verdicts if verdict.subject != column.label]
             sentence = f"{full} has REPLICA IDENTITY FULL: each update writes the old row to the WAL, its vector too"
-            remedy = statement("ALTER TABLE {} REPLICA IDENTITY DEFAULT;", (column.schema, column.table))
             verdicts.append(warning(column.label, sentence, f"{remedy} -- unless somebody else needs it"))
+        else:
+            verdicts.append(ok(column.label, "its replica identity serves"))
     return verdicts
 
 
 _IDENTITY = "55000"
-
-
-async def _by_key(patient: Patient, mine: Callable[[str], bool], well: str) -> list[Verdict]:
-    verdicts = []
-    for column in there(patient):
-        verdicts += await _judge(patient, column, _CHECK_KEY, mine) or [ok(column.label, well)]
-    return verdicts
-
 
 _CHECK_KEY = """
 SELECT cdc_embedder._check_key(c.source_table, c.keys_only) FROM cdc_embedder.embedding_column c WHERE c.id = $1
@@ -141,7 +153,7 @@ SELECT cdc_embedder._check_key(c.source_table, c.keys_only) FROM cdc_embedder.em
 async def target_column(patient: Patient) -> list[Verdict]:
     verdicts = []
     for column in there(patient):
-        found = await _judge(patient, column, _CHECK_TARGET)
+        found = await _judge(patient, column, _CHECK_TARGET, mend_target)
         kind = column.target.type if column.target else "no column"
         verdicts += found or [ok(column.label, f"{kind} holds the {column.model.dimensions} dimensions of its model")]
     return verdicts
@@ -158,7 +170,11 @@ SELECT cdc_embedder._check_target(c.source_table, coalesce(a.attname, c.target_c
 
 
 async def _judge(
-    patient: Patient, column: EmbeddingColumn, query: LiteralString, mine: Callable[[str], bool] = lambda state: True
+    patient: Patient,
+    column: EmbeddingColumn,
+    query: LiteralString,
+    by: Callable[[Patient, EmbeddingColumn, str | None], Awaitable[str]],
+    mine: Callable[[str], bool] = lambda state: True,
 ) -> list[Verdict]:
     """The refusal of the database's own check as an error, unless its SQLSTATE is another check's to tell."""
     try:
@@ -167,7 +183,9 @@ async def _judge(
         if refused.sqlstate in (None, "42501", "57014"):
             raise
         if mine(refused.sqlstate):
-            return [error(column.label, refused.diag.message_primary or "", refused.diag.message_hint or "")]
+            why, remedy = split(refused.diag.message_hint or "")
+            sentence = ": ".join(filter(None, (refused.diag.message_primary, why)))
+            return [error(column.label, sentence, await by(patient, column, refused.sqlstate) or remedy)]
     return []
 
 

@@ -1,7 +1,7 @@
 """What the doctor says: a finding with its level and remedy; and what a check is. No I/O.
 
-A remedy is what to run or to set, exactly: SQL that psql takes as it stands (what else is to be done stands there as an
-SQL comment), a command of ours, or a setting of ours. Why is in the sentence.
+A remedy is what to run or to set, exactly: SQL that psql takes as it stands (what else is to be done, and what only
+people can know, stands there as an SQL comment), a command of ours, or a setting of ours. Why is in the sentence.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 
 from psycopg import sql
 
@@ -63,10 +64,18 @@ async def permitted(patient: Patient) -> list[Verdict]:
             if spec.backend == "openai":  # nothing is asked of the service yet
                 await asyncio.to_thread(_with_embedder, patient.settings, spec, load_only=True)
         except Problem as problem:
-            verdicts.append(error(subject, str(problem), problem.hint))
+            verdicts.append(error(subject, str(problem), _allow_key(patient.settings, spec) or problem.hint))
         else:
             verdicts.append(ok(subject, "its operator allows what it needs"))
     return verdicts
+
+
+def _allow_key(settings: Settings, spec: ModelSpec) -> str:
+    """The setting that allows the model its key, where that is what is refused."""
+    key = spec.options.get("api_key_env")
+    if key is None or key in settings.allowed_api_key_envs:
+        return ""
+    return f"CDC_EMBEDDER_API_KEY_ENVS={shlex.quote(f'{settings.api_key_envs},{key}')} # then restart the service"
 
 
 async def loadable(patient: Patient) -> list[Verdict]:

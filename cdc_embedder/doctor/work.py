@@ -99,7 +99,7 @@ async def triggers(patient: Patient) -> list[Verdict]:
         if patient.version >= 150000 and not always:
             remedy = statement("GRANT SET ON PARAMETER session_replication_role TO {};", patient.around.role)
         else:
-            remedy = "CREATE OR REPLACE TRIGGER … BEFORE UPDATE OF …; -- the columns that it is about, not the vector's"
+            remedy = "-- make it anew, BEFORE UPDATE OF the columns that it is about: all but the vector's"
         verdicts.append(
             warning(
                 column.label,
