@@ -6,6 +6,7 @@ from psycopg import sql
 
 from cdc_embedder.doctor.finding import Check, Verdict, error, ok, statement, warning
 from cdc_embedder.doctor.patient import Patient
+from cdc_embedder.doctor.plugins import output_plugin
 from cdc_embedder.installable import OLDEST_SERVER
 from cdc_embedder.rows.session import Connection
 from cdc_embedder.sizes import size
@@ -116,12 +117,12 @@ async def connections(patient: Patient) -> list[Verdict]:
 _ROOM = """
 SELECT 'role ' || rolname, nullif(rolconnlimit, -1),
        (SELECT count(*) FROM pg_stat_activity WHERE usename = rolname),
-       format('ALTER ROLE %I CONNECTION LIMIT ?', rolname)
+       format('ALTER ROLE %I CONNECTION LIMIT ?;', rolname)
   FROM pg_roles WHERE rolname = current_user AND NOT rolsuper
  UNION ALL
 SELECT 'database ' || datname, nullif(datconnlimit, -1),
        (SELECT count(*) FROM pg_stat_activity a WHERE a.datname = d.datname),
-       format('ALTER DATABASE %I CONNECTION LIMIT ?', datname)
+       format('ALTER DATABASE %I CONNECTION LIMIT ?;', datname)
   FROM pg_database d WHERE datname = current_database()
    AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
  UNION ALL
@@ -170,13 +171,14 @@ async def slot_wal_limit(patient: Patient) -> list[Verdict]:
             )
         ]
     own = patient.settings.wal_limit_bytes or patient.settings.wal_alarm_bytes or patient.settings.wal_warn_bytes
-    if own > limit:
+    if own >= limit:  # where both are the same it is the server that acts first
         return [
             warning(
                 "max_slot_wal_keep_size",
-                f"it is {size(limit)}, less than the {size(own)} at which the service would speak up or give the slot"
-                " up in order: the server invalidates the slot first",
-                f"ALTER SYSTEM SET max_slot_wal_keep_size = '{own // (1 << 20) * 2}MB';\nSELECT pg_reload_conf();",
+                f"it is {size(limit)}, no more than the {size(own)} at which the service would speak up or give the"
+                " slot up in order: the server invalidates the slot first",
+                f"ALTER SYSTEM SET max_slot_wal_keep_size = '{max(own // (1 << 20) * 2, 1024)}MB';\n"
+                "SELECT pg_reload_conf();",
             )
         ]
     return [ok("max_slot_wal_keep_size", f"it is {size(limit)}")]
@@ -208,52 +210,6 @@ async def wal_directory(patient: Patient) -> list[Verdict]:
             or "SELECT * FROM pg_stat_archiver; -- a failing archive_command keeps WAL, too",
         )
     ]
-
-
-async def output_plugin(patient: Patient) -> list[Verdict]:
-    """Whether the plugin is allowed (output_plugin_libraries, from the minor releases of 2026 on), and there."""
-    plugin = patient.plugin
-    wanted = "pgoutput" if plugin == "auto" else plugin
-    [known, listed] = await patient.one(
-        "SELECT bool_or(name = 'output_plugin_libraries'),"
-        " max(setting) FILTER (WHERE name = 'output_plugin_libraries') FROM pg_settings"
-    )
-    allowed = [name.strip() for name in (listed or "").split(",")]
-    if known and wanted not in allowed:
-        right = ", ".join(dict.fromkeys([*filter(None, allowed), "pgoutput", wanted]))
-        return [
-            error(
-                f"plugin {wanted}",
-                f"output_plugin_libraries is {listed!r} and does not list it: the server refuses the slot",
-                f"ALTER SYSTEM SET output_plugin_libraries = {right};\nSELECT pg_reload_conf(); -- no quotes around"
-                " the list",
-            )
-        ]
-    if wanted == "pgoutput":
-        return [ok(f"plugin {plugin}", "pgoutput is part of every server")]
-    if await _library_is_missing(patient, wanted):
-        return [
-            error(
-                f"plugin {wanted}",
-                "the server has no library of that name",
-                "CDC_EMBEDDER_OUTPUT_PLUGIN=pgoutput # or install it on the server (Debian:"
-                f" postgresql-{patient.version // 10000}-{wanted})",
-            )
-        ]
-    return [ok(f"plugin {wanted}", "nothing speaks against it")]
-
-
-async def _library_is_missing(patient: Patient, plugin: str) -> bool:
-    """Told for certain: only a superuser may look, and where nobody may the making of the slot will tell."""
-    if not patient.superuser:
-        return False
-    [there] = await patient.one(
-        "SELECT (pg_stat_file(setting || '/' || $1 || '.so', true)).size IS NOT NULL"
-        "    OR (pg_stat_file(setting || '/' || $1 || '.dylib', true)).size IS NOT NULL"
-        "  FROM pg_config WHERE name = 'PKGLIBDIR'",
-        plugin,
-    )
-    return not there
 
 
 async def synchronous_standbys(patient: Patient) -> list[Verdict]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 from psycopg import sql
+from psycopg.rows import TupleRow
 
 from cdc_embedder.conninfo import APPLICATION_NAME
 from cdc_embedder.doctor.finding import Check, Verdict, error, ok, statement, warning
@@ -13,6 +17,9 @@ from cdc_embedder.wal.slot import PLUGINS
 
 OLD_TRANSACTION_S = 300.0
 """A transaction that has been open for longer is worth naming."""
+
+SETTLED_S = 1.0
+"""Where nobody says for how long a transaction has been open: those that are still there then are not the ordinary."""
 
 
 async def slot(patient: Patient) -> list[Verdict]:
@@ -186,7 +193,10 @@ async def embed_slot(patient: Patient) -> list[Verdict]:
 
 
 async def failover_slot(patient: Patient) -> list[Verdict]:
-    """17 and up: whether the slot would be on a promoted standby, and whether a standby that is gone stops it."""
+    """17 and up: whether standbys may have the slot, and whether one that is gone stops it.
+
+    The service makes all of its slots as failover slots. Whether a standby synchronizes them is told there alone.
+    """
     if patient.standby is not None:
         return [
             ok("failover", "the slot is on a standby: there it survives a failover to that one; a scan repairs any")
@@ -199,7 +209,8 @@ async def failover_slot(patient: Patient) -> list[Verdict]:
         verdicts.append(
             warning(
                 f"slot {found.name}",
-                "it is no failover slot: after a failover it is made anew, and everything is scanned",
+                "it is no failover slot, as those are that the service makes: after a failover it is made anew, and"
+                " everything is scanned",
                 statement("ALTER_REPLICATION_SLOT {} (FAILOVER true);", found.name)
                 + " -- while the service is stopped, by: psql 'dbname=… replication=database'",
             )
@@ -217,7 +228,8 @@ async def failover_slot(patient: Patient) -> list[Verdict]:
                 "ALTER SYSTEM RESET synchronized_standby_slots;\nSELECT pg_reload_conf(); -- or bring the standby back",
             )
         )
-    return verdicts or [ok("failover", "the slot would survive a failover" if found else "the slot will be one")]
+    slots = "it is a failover slot" if found is not None and found.failover else "the slot will be a failover slot"
+    return verdicts or [ok("failover", f"{slots}: standbys that synchronize slots have it; a scan repairs the others")]
 
 
 async def standby_decoding(patient: Patient) -> list[Verdict]:
@@ -270,8 +282,8 @@ async def standby_decoding(patient: Patient) -> list[Verdict]:
 async def open_transactions(patient: Patient) -> list[Verdict]:
     """Sessions and prepared transactions that have written and stay open: no slot can release WAL behind them."""
     rows = await patient.rows(_OPEN)
-    verdicts, unknown = [], 0
-    for pid, gid, owner, database, state, seconds in rows:
+    verdicts = []
+    for pid, gid, owner, database, state, seconds, _ in rows:
         if gid is not None and seconds > OLD_TRANSACTION_S:
             verdicts.append(
                 warning(
@@ -280,9 +292,7 @@ async def open_transactions(patient: Patient) -> list[Verdict]:
                     statement("ROLLBACK PREPARED {};", sql.Literal(gid)) + f" -- in {database}; or COMMIT PREPARED",
                 )
             )
-        elif gid is None and seconds is None:
-            unknown += 1
-        elif gid is None and seconds > OLD_TRANSACTION_S:
+        elif gid is None and seconds is not None and seconds > OLD_TRANSACTION_S:
             verdicts.append(
                 warning(
                     f"session {pid}",
@@ -291,23 +301,62 @@ async def open_transactions(patient: Patient) -> list[Verdict]:
                     f"SELECT pg_terminate_backend({pid});",
                 )
             )
-    if unknown:
-        sentence = f"{unknown} transaction(s) that have written are open; since when cannot be seen by this role"
-        grant = statement("GRANT pg_read_all_stats TO {};", patient.around.role)
-        verdicts.append(ok("open transactions", sentence, f"{grant} -- optional"))
+    if others := _of_unknown_age(rows):
+        verdicts.append(await _judge_unknown(patient, others))
     return verdicts or [ok("open transactions", "none holds a slot back")]
 
 
 _OPEN = """
 SELECT a.pid, NULL::text, a.usename::text, a.datname::text, a.state,
-       extract(epoch FROM clock_timestamp() - a.xact_start)::float8
+       extract(epoch FROM clock_timestamp() - a.xact_start)::float8, a.backend_xid::text
   FROM pg_stat_activity a
  WHERE a.backend_xid IS NOT NULL AND a.pid <> pg_backend_pid() AND a.application_name NOT LIKE 'cdc-embedder %'
  UNION ALL
-SELECT NULL, gid, owner::text, database::text, NULL, extract(epoch FROM clock_timestamp() - prepared)::float8
+SELECT NULL, gid, owner::text, database::text, NULL, extract(epoch FROM clock_timestamp() - prepared)::float8, NULL
   FROM pg_prepared_xacts
- ORDER BY 6 DESC NULLS LAST
+ ORDER BY 6 DESC NULLS LAST, 1
 """
+
+
+async def _judge_unknown(patient: Patient, others: dict[tuple[int, str], str]) -> Verdict:
+    """A role without pg_read_all_stats sees that others have written and not since when: a warning where it matters."""
+    subject, unseen = "open transactions", "since when cannot be seen by this role"
+    grant = statement("GRANT pg_read_all_stats TO {};", patient.around.role)
+    if not (waits := await _what_waits(patient)):
+        return ok(subject, f"{len(others)} that have written are open; {unseen}", f"{grant} -- optional")
+    await asyncio.sleep(SETTLED_S)
+    after = _of_unknown_age(await patient.rows(_OPEN))
+    stayed = [whose for transaction, whose in others.items() if transaction in after]
+    if not stayed:
+        return ok(subject, "none of those that have written stayed open")
+    named = ", ".join(stayed[:_NAMED]) + (f" and {len(stayed) - _NAMED} more" if len(stayed) > _NAMED else "")
+    sentence = f"{len(stayed)} that have written are open, {unseen}: {named}; {waits}"
+    return warning(subject, sentence, f"{grant} -- then those that are old are told, each with what ends it")
+
+
+_NAMED = 5
+
+
+def _of_unknown_age(rows: Sequence[TupleRow]) -> dict[tuple[int, str], str]:
+    """Whose the transactions are that this role cannot see more of, by pid and transaction id."""
+    return {
+        (pid, xid): f"session {pid} of {owner} in {database}"
+        for pid, gid, owner, database, _, seconds, xid in rows
+        if gid is None and seconds is None
+    }
+
+
+async def _what_waits(patient: Patient) -> str:
+    """What open transactions are in the way of; nothing where the slots are made and hold back what they may."""
+    for name in (patient.slot, patient.embed_slot) if patient.sql_embed else (patient.slot,):
+        found = await patient.find_slot(name)
+        if found is None or found.lost or (found.logical and found.confirmed_flush_lsn is None):
+            return f"the slot {name} cannot be made until they have ended"
+    budget = patient.settings.wal_warn_bytes or patient.settings.wal_alarm_bytes
+    for name, retained in await patient.slot_rows(_RETAINED, patient.slot, patient.embed_slot):
+        if 0 < budget < retained:
+            return f"the slot {name} holds back {size(retained)} of WAL, and may do so for them"
+    return ""
 
 
 def _drop_stopped(name: str) -> str:

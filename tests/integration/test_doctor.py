@@ -96,7 +96,7 @@ def reset(bench: Bench) -> None:
         "ALTER SYSTEM RESET ALL",
         f"ALTER ROLE {SERVICE_ROLE} NOSUPERUSER REPLICATION NOBYPASSRLS CONNECTION LIMIT -1 VALID UNTIL 'infinity'",
         f"ALTER ROLE {SERVICE_ROLE} RESET ALL",
-        f"REVOKE pg_read_all_stats, pg_monitor FROM {SERVICE_ROLE}",
+        f"REVOKE pg_read_all_stats, pg_read_all_settings, pg_monitor FROM {SERVICE_ROLE}",
     ):
         bench.admin.execute(statement)
     if bench.admin.info.server_version >= 150000:
@@ -130,15 +130,16 @@ def ward(bench18: Bench) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("bench", ["15-wal2json", "15-pgoutput", "18-pgoutput"], indirect=True)
 def test_a_healthy_database_has_no_finding_before_while_and_after_the_service_runs(bench: Bench) -> None:
+    unseen = bench.plugin == "wal2json" and servers.lists_plugins(bench.server.bindir)
     with healthy(bench):
-        for finding in doctor(bench, model=True):
-            assert finding.level == "ok", finding
+        before = [finding for finding in doctor(bench, model=True) if finding.level != "ok"]
+        assert [(finding.check, finding.level) for finding in before] == [("output-plugin", "warning")] * unseen
         with running(bench):
             wait_caught_up(bench)
             for finding in doctor(bench, model=True):
                 assert finding.level == "ok", finding
         until(lambda: "no service runs" in found(bench, "slot-reader").sentence, "the service was never gone")
-        stopped = [finding for finding in doctor(bench) if finding.level != "ok"]
+        stopped = [finding for finding in doctor(bench) if finding.level != "ok"][unseen:]
         assert [(finding.check, finding.level) for finding in stopped] == [("slot-reader", "warning")]
         assert stopped[0].remedy == "cdc-embedder run"
 
@@ -261,9 +262,26 @@ SPOILT = {
     "a limit below the service's own": Spoilt(
         "slot-wal-limit", ("ALTER SYSTEM SET max_slot_wal_keep_size = '1GB'",), "warning", ("1024 MB", "8192 MB"),
     ),
+    "a limit that is the service's own, at which the server acts first": Spoilt(
+        "slot-wal-limit", ("ALTER SYSTEM SET max_slot_wal_keep_size = '20GB'",), "warning", ("20 GB", "server"),
+        settings={"wal_limit_bytes": 20 << 30},
+    ),
     "a plugin that is not allowed": Spoilt(
         "output-plugin", ("ALTER SYSTEM SET output_plugin_libraries = test_decoding",),
         "error", ("'test_decoding'", "test_decoding, pgoutput"), admin=True,
+    ),
+    "a plugin that is not allowed, as the service's role may see": Spoilt(
+        "output-plugin", ("ALTER SYSTEM SET output_plugin_libraries = test_decoding",
+                          f"GRANT pg_read_all_settings TO {SERVICE_ROLE}"),
+        "error", ("'test_decoding'", "test_decoding, pgoutput"),
+    ),
+    "a list with neither of the plugins that are taken": Spoilt(
+        "output-plugin", ("ALTER SYSTEM SET output_plugin_libraries = test_decoding",),
+        "error", ("neither", "test_decoding, pgoutput;"), admin=True, settings={"output_plugin": "auto"},
+    ),
+    "a list with a plugin alone that is not there": Spoilt(
+        "output-plugin", ("ALTER SYSTEM SET output_plugin_libraries = wal2json",),
+        "error", ("no library wal2json", "wal2json, pgoutput;"), admin=True, settings={"output_plugin": "auto"},
     ),
     "a plugin that is not there": Spoilt(
         "output-plugin", (), "error", ("no library", "CDC_EMBEDDER_OUTPUT_PLUGIN=pgoutput"), mends=False, admin=True,
@@ -307,7 +325,7 @@ SPOILT = {
         "error", ("test_decoding",),
     ),
     "another plugin than is asked for": Spoilt(
-        "slot", (LOGICAL,), "warning", ("wins",), settings={"output_plugin": "wal2json"}, mends=False,
+        "slot", (LOGICAL,), "warning", ("wins",), settings={"output_plugin": "wal2json"},
     ),
     "WAL beyond the warning": Spoilt(
         "slot-retained", (LOGICAL, "SELECT pg_switch_wal()"), "warning", ("warning at 1 bytes",), mends=False,
@@ -351,13 +369,33 @@ SPOILT = {
         "warning", ("slot elsewhere",), mends=False,
     ),
     "a target that is gone": Spoilt(
-        "column-state", ("ALTER TABLE documents DROP embedding",), "error", ("dropped",), mends=False,
+        "column-state", ("ALTER TABLE documents DROP embedding",), "error", ("dropped",),
+    ),
+    "a target that is gone, as the check of the target says it": Spoilt(
+        "target-column", ("ALTER TABLE documents DROP embedding",), "error", ("does not exist",),
     ),
     "a table that is gone": Spoilt(
         "column-state", ("DROP TABLE documents",), "error", ("dropped", "remove the column"), mends=False,
     ),
+    "a source that is gone": Spoilt(
+        "column-state", ("ALTER TABLE documents DROP body",), "error", ("a source column was dropped",), mends=False,
+    ),
+    "a table whose updates fail": Spoilt(
+        "column-state", ("ALTER TABLE documents REPLICA IDENTITY NOTHING",), "error", ("NOTHING",),
+    ),
+    "a table whose identity is more than the keys that are published": Spoilt(
+        "column-state", ("ALTER PUBLICATION {slot} SET TABLE documents (id)",
+                         "ALTER TABLE documents REPLICA IDENTITY FULL"),
+        "error", ("beyond the keys",),
+    ),
+    "another table of the name that was configured": Spoilt(
+        "column-state", ("ALTER TABLE documents RENAME TO former",
+                         "CREATE TABLE documents (LIKE former INCLUDING ALL)",
+                         f"GRANT ALL ON documents TO {SERVICE_ROLE}"),
+        "error", ("another table", "SELECT cdc_embedder.resume('public.documents');"),
+    ),
     "a source that is no text any more": Spoilt(
-        "source-table", ("ALTER TABLE documents ALTER body TYPE int USING 1",), "error", ("integer",), mends=False,
+        "source-table", ("ALTER TABLE documents ALTER body TYPE int USING 1",), "error", ("integer",),
     ),
     "a table that became a parent": Spoilt(
         "source-table", ("CREATE TABLE child () INHERITS (documents)",), "error", ("inheritance parent",), mends=False,
@@ -367,24 +405,50 @@ SPOILT = {
         "warning", ("unlogged",),
     ),
     "no primary key": Spoilt(
-        "primary-key", ("ALTER TABLE documents DROP CONSTRAINT documents_pkey",), "error", ("ADD PRIMARY KEY",),
-        mends=False,
+        "primary-key", ("ALTER TABLE documents DROP CONSTRAINT documents_pkey",), "error", ("ADD PRIMARY KEY (id)",),
+    ),
+    "no primary key, and none of its columns": Spoilt(
+        "primary-key", ("ALTER TABLE documents DROP id",), "error", ("ADD PRIMARY KEY (...)",), mends=False,
     ),
     "a deferrable primary key": Spoilt(
         "primary-key",
         ("ALTER TABLE documents DROP CONSTRAINT documents_pkey, ADD PRIMARY KEY (id) DEFERRABLE",),
-        "error", ("deferrable",), mends=False,
+        "error", ("deferrable",),
     ),
     "replica identity NOTHING": Spoilt(
         "replica-identity", ("ALTER TABLE documents REPLICA IDENTITY NOTHING",),
-        "error", ("ALTER TABLE public.documents REPLICA IDENTITY DEFAULT",), mends=False,
+        "error", ("its updates would fail", "ALTER TABLE public.documents REPLICA IDENTITY DEFAULT;"),
+    ),
+    "a replica identity whose index is gone, under an odd name": Spoilt(
+        "replica-identity",
+        ("CREATE UNIQUE INDEX identity ON documents (id)",
+         "ALTER TABLE documents REPLICA IDENTITY USING INDEX identity", "DROP INDEX identity",
+         """ALTER TABLE documents RENAME TO "An ""other"", or. not" """),
+        "error", ("an index that is gone",),
+    ),
+    "an identity beyond the keys that are published": Spoilt(
+        "replica-identity",
+        ("UPDATE cdc_embedder.embedding_column SET keys_only = true", "ALTER TABLE documents REPLICA IDENTITY FULL"),
+        "error", ("keys_only",),
     ),
     "replica identity FULL": Spoilt(
         "replica-identity", ("ALTER TABLE documents REPLICA IDENTITY FULL",), "warning", ("FULL",),
     ),
     "a target of other dimensions": Spoilt(
         "target-column", ("ALTER TABLE documents ALTER embedding TYPE vector(4)",),
-        "error", ("vector(4)", "8 dimensions"), mends=False,
+        "error", ("vector(4)", "8 dimensions"),
+    ),
+    "a target that holds no vectors": Spoilt(
+        "target-column", ("ALTER TABLE documents ALTER embedding TYPE text USING NULL",),
+        "error", ("cannot hold a vector",),
+    ),
+    "a target without dimensions": Spoilt(
+        "target-column", ("ALTER TABLE documents ALTER embedding TYPE vector",), "error", ("without a dimension",),
+    ),
+    "a target that must not be empty": Spoilt(
+        "target-column", ("UPDATE documents SET embedding = '[1,0,0,0,0,0,0,0]'",
+                          "ALTER TABLE documents ALTER embedding SET NOT NULL"),
+        "error", ("NOT NULL: a row has no vector",),
     ),
     "a table that is not published": Spoilt(
         "publication", ("ALTER PUBLICATION {slot} DROP TABLE documents",), "warning", ("scans alone",),
@@ -469,7 +533,7 @@ SPOILT = {
         "model-permission",
         ("""UPDATE cdc_embedder.model SET backend = 'openai', options = '{{"api_key_env": "HOME"}}'"""
          " WHERE name = 'fake'",),
-        "error", ("HOME",), mends=False,
+        "error", ("HOME", "CDC_EMBEDDER_API_KEY_ENVS=OPENAI_API_KEY,HOME"), mends=False,
     ),
 }  # fmt: skip
 
@@ -486,10 +550,22 @@ def test_what_is_spoilt_is_found_and_the_remedy_mends_it(ward: Bench, case: Spoi
     assert finding.level == case.level, finding
     for word in case.words:
         assert word in finding.sentence + finding.remedy, finding
-    assert finding.remedy
+    assert not inexact(finding.remedy), finding
     if case.mends:
         follow(ward, finding.remedy, replication=case.replication)
-        assert found(ward, case.check, **given).level == "ok", finding
+        assert found(ward, case.check, **given, **case.settings).level == "ok", finding
+
+
+NO_SQL = ("cdc-embedder ", "CDC_EMBEDDER_", "psql ")
+
+
+def inexact(remedy: str) -> str:
+    """What psql would not take of it as it stands, unless it is a command or a setting."""
+    if remedy.startswith(NO_SQL):
+        return ""
+    statements = "\n".join(line.partition("-- ")[0].rstrip() for line in remedy.splitlines()).strip()
+    whole = statements.endswith(";") and "…" not in statements and "..." not in statements
+    return "" if remedy and (whole or not statements) else statements or "nothing is said"
 
 
 # ----------------------------------------------------------------------------------------- the server as it was started
@@ -914,6 +990,7 @@ def test_transactions_that_hold_the_slot_back_are_named_with_what_ends_them(
     assert prepared.subject == "prepared transaction it's old"
     follow(ward, prepared.remedy)
     assert found(ward, "open-transactions").level == "ok"
+    make_slot(ward, ward.slot)
     with suppress(psycopg.OperationalError), psycopg.connect(ward.dsn_admin) as session:
         session.execute("INSERT INTO documents (body) VALUES ('y')")
         hidden = found(ward, "open-transactions")
@@ -930,7 +1007,161 @@ def test_transactions_that_hold_the_slot_back_are_named_with_what_ends_them(
         assert found(ward, "open-transactions").level == "ok"
 
 
+def test_a_transaction_of_unknown_age_is_a_warning_where_no_slot_can_be_made_for_it(ward: Bench) -> None:
+    with psycopg.connect(ward.dsn_admin) as session:
+        session.execute("INSERT INTO documents (body) VALUES ('y')")
+        missing = found(ward, "open-transactions")
+        assert missing.level == "warning"
+        assert f"session {session.info.backend_pid} of postgres in {ward.database}" in missing.sentence
+        assert f"the slot {ward.slot} cannot be made" in missing.sentence
+        with running(ward):
+            until(lambda: one(ward.admin, UNFINISHED, ward.slot) == 1, "the slot was never begun")
+            waits = found(ward, "open-transactions")
+            assert (waits.level, waits.sentence) == ("warning", missing.sentence)
+            session.rollback()
+            wait_caught_up(ward)
+            session.execute("INSERT INTO documents (body) VALUES ('z')")
+            made = found(ward, "open-transactions")
+            assert (made.level, "cannot be seen" in made.sentence) == ("ok", True)
+        follow(ward, missing.remedy)
+        assert found(ward, "open-transactions").level == "ok"  # it is seen now, and young
+
+
+UNFINISHED = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NULL"
+
+
+def test_a_transaction_of_unknown_age_is_a_warning_where_a_slot_holds_back_more_than_it_should(ward: Bench) -> None:
+    make_slot(ward, ward.slot)
+    with psycopg.connect(ward.dsn_admin) as session:
+        session.execute("INSERT INTO documents (body) VALUES ('y')")
+        ward.admin.execute("SELECT pg_switch_wal()")
+        assert found(ward, "open-transactions").level == "ok"
+        for settings in ({"wal_warn_bytes": 1}, {"wal_warn_bytes": 0, "wal_alarm_bytes": 1}):
+            holds = found(ward, "open-transactions", **settings)
+            assert holds.level == "warning"
+            assert f"the slot {ward.slot} holds back" in holds.sentence
+        assert found(ward, "open-transactions", wal_warn_bytes=0, wal_alarm_bytes=0).level == "ok"
+
+
+def test_a_transaction_that_ends_meanwhile_is_no_finding(ward: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with psycopg.connect(ward.dsn_admin) as session:
+        session.execute("INSERT INTO documents (body) VALUES ('y')")
+
+        async def waits_no_more(_: object) -> str:
+            session.rollback()
+            return "the slot waits"
+
+        monkeypatch.setattr(slots, "_what_waits", waits_no_more)
+        assert found(ward, "open-transactions").level == "ok"
+
+
+# ---------------------------------------------------------------------------------------------------- the output plugin
+
+
+@contextmanager
+def plugins_listed(bench: Bench, listed: str) -> Iterator[None]:
+    bench.admin.execute(f"ALTER SYSTEM SET output_plugin_libraries = {listed}".encode())
+    wait_for_settings(bench)
+    yield
+    bench.admin.execute("ALTER SYSTEM RESET output_plugin_libraries")
+    wait_for_settings(bench)
+
+
+def test_whether_a_plugin_is_allowed_is_unknown_to_a_role_that_cannot_see_the_list(listing: Bench) -> None:
+    with healthy(listing), plugins_listed(listing, "test_decoding"):
+        hidden = found(listing, "output-plugin")
+        assert hidden.level == ("warning" if listing.plugin == "wal2json" else "ok")
+        assert "cannot be seen by this role" in hidden.sentence
+        follow(listing, hidden.remedy)
+        seen = found(listing, "output-plugin")
+        assert seen.level == "error"
+        assert "output_plugin_libraries is 'test_decoding'" in seen.sentence
+        follow(listing, seen.remedy)
+        assert found(listing, "output-plugin").level == "ok"
+
+
+def test_a_plugin_that_a_slot_of_ours_streams_with_is_allowed_though_the_list_is_hidden(listing: Bench) -> None:
+    with healthy(listing), running(listing):
+        wait_caught_up(listing)
+        finding = found(listing, "output-plugin")
+        assert (finding.level, finding.sentence) == ("ok", f"the slot {listing.slot} streams with it")
+        with plugins_listed(listing, "test_decoding"):
+            assert found(listing, "output-plugin", dsn=listing.dsn_admin).level == "error"  # when it connects again
+
+
+@pytest.mark.parametrize("bench", ["15-wal2json", "18-pgoutput"], indirect=True)
+def test_a_library_is_there_or_not_or_cannot_be_seen(listing: Bench) -> None:
+    with healthy(listing):
+        listing.admin.execute(f"GRANT pg_read_all_settings TO {SERVICE_ROLE}")
+        unknown = found(listing, "output-plugin", output_plugin="wal2json")
+        assert unknown.level == "ok"
+        assert "its library cannot be seen by this role" in unknown.sentence
+        seen = found(listing, "output-plugin", output_plugin="wal2json", dsn=listing.dsn_admin)
+        has = listing.plugin == "wal2json"
+        assert (seen.level, "the server has it" in seen.sentence) == (("ok" if has else "error"), has)
+
+
+@pytest.mark.parametrize("bench", ["15-wal2json"], indirect=True)
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("pgoutput, wal2json", "the service takes wal2json where the server has it, else pgoutput"),
+        ("wal2json, test_decoding", "the service takes wal2json where the server has it;"),
+        ("pgoutput", "the service takes pgoutput"),
+    ],
+)
+def test_of_both_plugins_the_one_that_the_service_takes_is_told(listing: Bench, listed: str, words: str) -> None:
+    with healthy(listing), plugins_listed(listing, listed):
+        hidden = found(listing, "output-plugin", output_plugin="auto")
+        assert (hidden.level, "which of wal2json and pgoutput" in hidden.sentence) == ("ok", True)
+        listing.admin.execute(f"GRANT pg_read_all_settings TO {SERVICE_ROLE}")
+        told = found(listing, "output-plugin", output_plugin="auto")
+        assert told.level == "ok"
+        assert words in told.sentence
+        sure = found(listing, "output-plugin", output_plugin="auto", dsn=listing.dsn_admin)
+        taken = "pgoutput" if listed == "pgoutput" else "wal2json"
+        assert (sure.level, sure.sentence) == ("ok", f"the service takes {taken}")
+
+
+def test_where_wal2json_is_not_there_the_service_takes_pgoutput(ward: Bench) -> None:
+    sure = found(ward, "output-plugin", output_plugin="auto", dsn=ward.dsn_admin)
+    assert (sure.level, sure.sentence) == ("ok", "the service takes pgoutput: the server has no library wal2json")
+
+
+@pytest.mark.parametrize("bench", ["15-wal2json"], indirect=True)
+def test_requests_from_sql_need_pgoutput_whatever_the_slot_for_rows_has(listing: Bench) -> None:
+    with healthy(listing), plugins_listed(listing, "wal2json"):
+        assert found(listing, "output-plugin", dsn=listing.dsn_admin).level == "ok"
+        finding = found(listing, "output-plugin", dsn=listing.dsn_admin, sql_embed=True)
+        assert (finding.level, finding.subject) == ("error", "plugin pgoutput")
+
+
 # --------------------------------------------------------------------------------------------------- columns and models
+
+
+def test_each_partition_has_its_own_identity_and_an_error_of_one_outweighs_the_warning_of_another(ward: Bench) -> None:
+    ward.admin.execute(
+        "CREATE TABLE parted (id int PRIMARY KEY, body text, embedding vector(8)) PARTITION BY RANGE (id);"
+        " CREATE TABLE low PARTITION OF parted FOR VALUES FROM (0) TO (9);"
+        " CREATE TABLE high PARTITION OF parted FOR VALUES FROM (9) TO (99);"
+        " DELETE FROM cdc_embedder.embedding_column; INSERT INTO cdc_embedder.embedding_column (source_table,"
+        " source_columns, target_column, model) VALUES ('parted', '{body}', 'embedding', 'fake')"
+    )
+    assert found(ward, "replica-identity").level == "ok"
+    ward.admin.execute("ALTER TABLE low REPLICA IDENTITY FULL; ALTER TABLE high REPLICA IDENTITY NOTHING")
+    [worst] = named(doctor(ward), "replica-identity")
+    assert (worst.level, worst.remedy) == ("error", "ALTER TABLE public.high REPLICA IDENTITY DEFAULT;")
+    follow(ward, worst.remedy)
+    [dear] = named(doctor(ward), "replica-identity")
+    assert dear.level == "warning"
+    follow(ward, dear.remedy)
+    assert found(ward, "replica-identity").level == "ok"
+
+
+def test_a_column_whose_table_is_gone_can_be_removed_as_the_remedy_says(ward: Bench) -> None:
+    ward.admin.execute("DROP TABLE documents")
+    follow(ward, found(ward, "column-state").remedy)
+    assert one(ward.admin, "SELECT count(*) FROM cdc_embedder.embedding_column") == 0
 
 
 def test_an_index_on_a_column_that_is_filled_is_no_finding(ward: Bench) -> None:
@@ -955,6 +1186,7 @@ def test_what_a_running_service_says_of_a_column_is_told(ward: Bench) -> None:
         finding = found(ward, "column-state")
         assert finding.level == "error"
         assert "permission denied" in finding.sentence
+        assert not inexact(finding.remedy)
 
 
 def test_vectors_that_are_there_wait_for_their_operators_word_and_that_is_told(bench18: Bench) -> None:
@@ -966,7 +1198,9 @@ def test_vectors_that_are_there_wait_for_their_operators_word_and_that_is_told(b
             until(lambda: status(bench18)[0]["state"] == "paused", "it never waited", lambda: status(bench18))
             finding = found(bench18, "column-state")
             assert finding.level == "warning"
-            assert "on_existing" in finding.sentence + finding.remedy
+            assert "on_existing" in finding.sentence
+            follow(bench18, finding.remedy.partition("anew: ")[2])
+            until(lambda: found(bench18, "column-state").level == "ok", "it waits on", lambda: status(bench18))
 
 
 def test_a_model_that_is_down_is_told_while_the_service_runs(ward: Bench) -> None:
