@@ -39,10 +39,15 @@ Drawn = Sequence[tuple[bytes, list[float] | None]]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`cosines` of stored and recomputed vectors, NaN for a text that the model refuses; `unfit` rows beside them."""
+    """`cosines` of stored and recomputed vectors, NaN for a text that the model refuses; `unfit` rows beside them.
+
+    `lengths`: by how much of the recomputed length the stored one differs from it; of a model that gives unit length
+    empty, since a vector of another length is unfit there.
+    """
 
     label: str
     cosines: NDArray[np.float64]
+    lengths: NDArray[np.float64]
     unfit: int
     threshold: float
 
@@ -51,12 +56,24 @@ class Comparison:
         return int(np.count_nonzero(~(self.cosines >= self.threshold)))
 
     @property
+    def tolerance(self) -> float:
+        """What a length may differ by: as much as a cosine may differ from 1."""
+        return 1 - self.threshold
+
+    @property
+    def of_another_length(self) -> int:
+        return int(np.count_nonzero(self.lengths > self.tolerance))
+
+    @property
     def sentence(self) -> str:
         """The numbers, for people."""
         said = f"{self.label}: {len(self.cosines)} vectors compared with the model's"
         if len(self.cosines):
             least, mean = np.nan_to_num(self.cosines, nan=-1.0).min(), np.nan_to_num(self.cosines, nan=-1.0).mean()
             said += f", cosine at least {least:.6f}, {mean:.6f} on average, {self.below} below {self.threshold:g}"
+        if len(self.lengths):
+            worst = self.lengths.max()
+            said += f", lengths off by {worst:.6f} at most, {self.of_another_length} by more than {self.tolerance:g}"
         if self.unfit:
             said += f"; {self.unfit} more cannot be kept (not of unit length, or not of the model's dimensions)"
         return said
@@ -68,6 +85,13 @@ class Comparison:
                 self.sentence,
                 hint="The model's row does not say how they were made: look at its prompts, revision and source, or"
                 " name another model. To have every row embedded anew, set on_existing to 'replace'",
+            )
+        if self.of_another_length:
+            raise Problem(
+                self.sentence,
+                hint="They have the directions that the model gives, but not the lengths, and normalize = false leaves"
+                " those alone: where theirs is 1, name a model with normalize = true. To have every row embedded anew,"
+                " set on_existing to 'replace'",
             )
         if self.unfit and not len(self.cosines):
             raise Problem(
@@ -133,14 +157,21 @@ def compare(embedder: Embedder, spec: ModelSpec, drawn: Drawn, label: str, thres
     """Embed the texts of `drawn` as documents, and compare. Raises EmbedderDown or ModelFault."""
     rows = [(text, vector) for text, vector in drawn if vector is not None]
     cosines: list[NDArray[np.float64]] = []
+    lengths: list[NDArray[np.float64]] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         texts = [text.decode(errors="replace") for text, _ in batch]
         outcome = embed_isolating(embedder, spec, texts, InputType.DOCUMENT)
         a, b = np.array([vector for _, vector in batch], dtype=np.float64), outcome.vectors.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):  # a text that the model refuses has a vector of zeros
-            cosines.append((a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
-    return Comparison(label, np.concatenate(cosines or [np.empty(0)]), len(drawn) - len(rows), threshold)
+            stored, fresh = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+            cosines.append((a * b).sum(axis=1) / (stored * fresh))
+            if not spec.normalize:
+                lengths.append(np.where(fresh > 0, abs(stored / fresh - 1), 0))
+    none = np.empty(0)
+    return Comparison(
+        label, np.concatenate(cosines or [none]), np.concatenate(lengths or [none]), len(drawn) - len(rows), threshold
+    )
 
 
 def sample(

@@ -30,12 +30,15 @@ class NotUnderstood(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How PostgresML made the vectors: of the text in `column`, with `prompt` before it."""
+    """How the vectors were made: of the text in `column`, with `prompt` before it.
+
+    `normalize` None: the expression does not say, and it depends on whose function it calls.
+    """
 
     transformer: str
     column: str
     prompt: str = ""
-    normalize: bool = False
+    normalize: bool | None = None
     trust_remote_code: bool = False
 
 
@@ -233,7 +236,7 @@ def _arguments(function: str, given: tuple[tuple[str | None, _Node], ...], names
 def _embed(arguments: dict[str, _Node]) -> Recipe:
     transformer = _literal(arguments["transformer"], "the model")
     prefix, column = _text(arguments["text"])
-    prompt, normalize, trusted = "", False, False
+    prompt, normalize, trusted = "", None, False
     for name, value in _kwargs(arguments.get("kwargs")).items():
         match name, value:
             case "prompt", str():

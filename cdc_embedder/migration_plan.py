@@ -69,16 +69,17 @@ def plan(connection: Connection, wanted: Sequence[tuple[int, int]]) -> list[Step
         row["model"]["name"]: model_spec(row["model"])
         for row in connection.execute("SELECT to_jsonb(m) AS model FROM cdc_embedder.model m").fetchall()
     }
+    ours = connection.execute(_OURS).fetchone() is not None
     steps = []
     for row in connection.execute(_COLUMNS, parameters).fetchall():
-        step = _step(connection, row, models)
+        step = _step(connection, row, models, ours)
         if step.spec is not None:
             models[step.spec.name] = step.spec
         steps.append(step)
     return steps
 
 
-def _step(connection: Connection, row: Row, models: dict[str, ModelSpec]) -> Step:
+def _step(connection: Connection, row: Row, models: dict[str, ModelSpec], ours: bool) -> Step:
     try:
         recipe = read(row["expression"])
     except NotUnderstood as reason:
@@ -87,6 +88,12 @@ def _step(connection: Connection, row: Row, models: dict[str, ModelSpec]) -> Ste
         return Step(row, recipe=recipe, unclear=unclear)
     dimensions = row["width"] or _dimensions(connection, row)
     known = models.get(recipe.transformer)
+    if recipe.normalize is None:
+        if ours and known is None:
+            unclear = f"the row of the model {recipe.transformer}, which said whether vectors have unit length, is gone"
+            return Step(row, recipe=recipe, unclear=unclear)
+        # PostgresML left the length to the model; our pgml.embed, to the model's row.
+        recipe = replace(recipe, normalize=ours and known is not None and known.normalize)
     if dimensions is None and known is not None:
         dimensions = known.dimensions
     if dimensions is None:
@@ -126,7 +133,7 @@ def _dimensions(connection: Connection, row: Row) -> int | None:
 def _model(recipe: Recipe, dimensions: int, models: dict[str, ModelSpec]) -> ModelSpec:
     """The row that makes the same vectors: one that is there, a copy of it with other prompts, or a new one.
 
-    PostgresML put no prompt before a text but the one it was given, and left the length to the model.
+    No prompt was put before a text but the one that was given.
     """
     known = models.get(recipe.transformer)
     based = known or ModelSpec(recipe.transformer, dimensions)
@@ -135,7 +142,7 @@ def _model(recipe: Recipe, dimensions: int, models: dict[str, ModelSpec]) -> Mod
         source=based.source or recipe.transformer,
         document_prompt=recipe.prompt,
         query_prompt="",
-        normalize=recipe.normalize,
+        normalize=bool(recipe.normalize),
         trust_remote_code=based.trust_remote_code or recipe.trust_remote_code,
     )
     number = 0
@@ -195,6 +202,11 @@ def _given(spec: ModelSpec) -> dict[str, Any]:
         given["options"] = Jsonb(given["options"])
     return given
 
+
+_OURS = """
+SELECT WHERE starts_with(obj_description(to_regnamespace('pgml'), 'pg_namespace'), 'cdc-embedder')
+"""
+"""A row where the schema pgml is that of `init --pgml`."""
 
 _COLUMNS = """
 SELECT t.oid::int8 AS oid, n.nspname AS schema, t.relname AS table, a.attnum, a.attname AS name,

@@ -310,7 +310,16 @@ def test_vectors_of_which_none_can_be_kept_are_refused_with_the_reason(bench18: 
         assert "one with normalize = false" in refused
         assert server.texts == []
         bench18.admin.execute("UPDATE cdc_embedder.model SET normalize = false WHERE name = 'api'")
-        assert "9 vectors compared" in succeeds(bench18, "adopt", "documents.embedding", OPENAI_API_KEY="x")
+        refused = fails(bench18, "adopt", "documents.embedding", OPENAI_API_KEY="x")
+        assert "9 vectors compared with the model's, cosine at least 1.000000, 1.000000 on average, 0 below" in refused
+        assert "lengths off by 1.000000 at most, 9 by more than 0.01. They have the directions" in refused
+        assert one(bench18.admin, "SELECT on_existing FROM cdc_embedder.embedding_column") == "ask"
+        halved = "UPDATE documents SET embedding = (SELECT array_agg(x * 0.505) FROM unnest(embedding) x)"
+        bench18.admin.execute(halved)
+        near = ("adopt", "documents.embedding", "--threshold")
+        assert "9 by more than 0.005" in fails(bench18, *near, "0.995", OPENAI_API_KEY="x")
+        said = succeeds(bench18, *near, "0.985", OPENAI_API_KEY="x")
+        assert "lengths off by 0.010000 at most, 0 by more than 0.015" in said
         bench18.admin.execute("UPDATE documents SET embedding = NULL")
         assert "there is nothing to adopt" in fails(bench18, "adopt", "documents.embedding", OPENAI_API_KEY="x")
         assert one(bench18.admin, "SELECT on_existing FROM cdc_embedder.embedding_column") == "adopt"

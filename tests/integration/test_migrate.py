@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from cdc_embedder.embedding.fake import fake_vector
+from cdc_embedder.install import install
 from tests.commands import answers, asked, fails, succeeds
 from tests.configuring import one
 from tests.embedding_api import Server, api
@@ -170,7 +171,7 @@ def test_a_generated_column_becomes_one_that_the_service_fills_and_no_vector_is_
 )
 def test_vectors_of_every_type_and_length_stay_as_they_are(bench18: Bench, kind: str, normalized: bool) -> None:
     with api() as server:
-        make_pgml(bench18, server)
+        make_pgml(bench18, server, times=3.0 if normalized else 1.0)
         make_documents(bench18, NORMALIZED if normalized else f"pgml.embed('{MODEL}', body)", kind)
         before = content(bench18)
         succeeds(bench18, "migrate", "pgml", "documents.embedding", "--apply", OPENAI_API_KEY="x")
@@ -187,7 +188,7 @@ def test_vectors_of_every_type_and_length_stay_as_they_are(bench18: Bench, kind:
 
 def test_a_row_of_the_model_that_says_the_same_is_used(bench18: Bench) -> None:
     with api() as server:
-        make_pgml(bench18, server)
+        make_pgml(bench18, server, times=1.0)
         make_model(bench18, server, document_prompt="", query_prompt="question: ")
         make_documents(bench18, NORMALIZED)
         make_documents(bench18, f"pgml.embed('{MODEL}', body)", name="others")
@@ -221,6 +222,65 @@ def test_a_sample_that_is_not_the_models_is_refused_with_its_numbers_and_nothing
             assert [generated(installed), generated(installed, "others")] == [bool(below)] * 2
             assert len(configured(installed)) == (0 if below else 2)
         assert "60 of them are kept, but cdc-embedder verify will call them wrong: below 0.9999" in done.stdout
+
+
+def test_a_sample_of_another_length_than_the_models_is_refused_and_nothing_is_changed(bench18: Bench) -> None:
+    with api() as server:
+        make_pgml(bench18, server, times=1.02)
+        make_documents(bench18, f"pgml.embed('{MODEL}', body)")
+        before = content(bench18)
+        said = fails(bench18, "migrate", "pgml", "--apply", OPENAI_API_KEY="x")
+        assert "cosine at least 1.000000, 1.000000 on average, 0 below 0.99, lengths off by 0.020000 at most" in said
+        assert "54 by more than 0.01. They have the directions that the model gives, but not the lengths" in said
+        assert (content(bench18), generated(bench18), configured(bench18)) == (before, True, [])
+
+
+def test_columns_that_our_own_pgml_filled_keep_the_lengths_that_it_gave_them(
+    installed: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kwargs do not say, our pgml.embed takes from the model's row, PostgresML from the model itself."""
+    bench = installed
+    monkeypatch.setattr("tests.embedding_api.fake_vector", lambda *given: 3 * fake_vector(*given))
+    install(bench.dsn_admin, bench.slot, owner=SERVICE_ROLE, pgml=True)
+    lengths = {"usual": 1.0, "kept": 3.0, "told": 3.0, "made": 1.0}
+    with api() as server:
+        make_model(bench, server, "unit")
+        make_model(bench, server, "raw", normalize=False)
+        with running(bench, OPENAI_API_KEY="x", CDC_EMBEDDER_SQL_EMBED="on") as service:
+            service.wait_for_log("SQL is answered")
+            bench.admin.execute("SET cdc_embedder.embed_timeout = '60s'")
+            make_documents(bench, "pgml.embed('unit', body)", "real[]", name="usual", rows=3)
+            make_documents(bench, "pgml.embed('raw', body)", name="kept", rows=3)
+            no = """'{"normalize_embeddings": false}'"""
+            make_documents(bench, f"pgml.embed('unit', body, {no})", name="told", rows=3)
+            make_documents(bench, "pgml.normalize_l2(pgml.embed('raw', body))", name="made", rows=3)
+            said = succeeds(bench, "migrate", "pgml", "--apply", OPENAI_API_KEY="x")
+            assert said.count("3 vectors compared with the model's, cosine at least 1.000000") == 4
+            assert said.count("lengths off by 0.00000") == 2
+            for table, length in lengths.items():
+                bench.admin.execute(f"INSERT INTO {table} (id, body) VALUES (9, 'new')")  # type: ignore[arg-type]
+                normalized = {row[0]: row[-1] for row in configured(bench)}
+                assert normalized[table] is (length == 1.0), table
+            wait_caught_up(bench)
+            for table, length in lengths.items():
+                found = bench.admin.execute(f"SELECT cdc_embedder.norm_l2(embedding) FROM {table}").fetchall()  # type: ignore[arg-type]
+                assert [norm for (norm,) in found] == pytest.approx([length] * 4, rel=1e-5), table
+            assert service.stop() == 0
+
+
+def test_a_column_of_our_own_pgml_whose_models_row_is_gone_is_left_alone(bench18: Bench) -> None:
+    install(bench18.dsn_admin, bench18.slot, owner=SERVICE_ROLE, pgml=True)
+    for table, expression in {
+        "a": "pgml.embed('gone', body)",
+        "b": "pgml.normalize_l2(pgml.embed('gone', body))",
+    }.items():
+        bench18.admin.execute(
+            f"CREATE TABLE {table} (id int PRIMARY KEY, body text,"  # type: ignore[arg-type]
+            f" embedding vector(8) GENERATED ALWAYS AS ({expression}) STORED)"
+        )
+    said = succeeds(bench18, "migrate", "pgml")
+    assert "public.a.embedding: left alone: the row of the model gone, which said whether vectors have unit" in said
+    assert "public.b.embedding: public.vector(8)" in said
 
 
 def test_what_is_not_understood_is_listed_with_the_reason_and_left_alone(bench18: Bench) -> None:

@@ -24,6 +24,7 @@ UNDERSTOOD = {
     """pgml.embed('m'::text, body, '{"device": "cuda", "normalize_embeddings": true}'::jsonb)""": Recipe(
         "m", "body", normalize=True
     ),
+    """pgml.embed('m'::text, body, '{"normalize_embeddings": false}'::jsonb)""": Recipe("m", "body", normalize=False),
     """pgml.embed(transformer => 'm'::text, text => body, kwargs => '{"trust_remote_code": true}'::jsonb)""": Recipe(
         "m", "body", trust_remote_code=True
     ),
@@ -65,6 +66,11 @@ REFUSED = {
 @pytest.mark.parametrize(("expression", "recipe"), UNDERSTOOD.items())
 def test_what_pgml_embed_does_with_one_column_is_understood(expression: str, recipe: Recipe) -> None:
     assert read(expression) == recipe
+
+
+def test_an_expression_that_says_nothing_of_lengths_is_not_taken_to_say_that_they_stay() -> None:
+    assert read("pgml.embed('m'::text, body)").normalize is None
+    assert read("""pgml.embed('m'::text, body, '{"normalize_embeddings": false}'::jsonb)""").normalize is False
 
 
 @pytest.mark.parametrize(("expression", "reason"), REFUSED.items())
