@@ -103,6 +103,11 @@ BEGIN
     ELSIF NOT coalesce((SELECT s.active FROM cdc_embedder._slot(c.slot) s), false) THEN
         state := 'stopped';
         reason := format('no service runs for slot %s', c.slot);
+    ELSIF EXISTS (SELECT FROM pg_replication_slots s
+                   WHERE s.slot_name = c.slot AND s.database = current_database() AND s.confirmed_flush_lsn IS NULL) THEN
+        -- active as well: by the session that makes it
+        state := 'stopped';
+        reason := format('the slot %s is being made: that waits for the transactions that were open before it', c.slot);
     ELSE
         state := coalesce(said.state, 'backfilling');
         reason := coalesce(said.reason, CASE
@@ -171,7 +176,7 @@ BEGIN
             ELSE
                 SELECT n.rows, n."null", n.current, n.failed, n.truncated
                   INTO rows, "null", current, failed, truncated FROM cdc_embedder._count(c) n;
-                pending := greatest(pending, rows - "null" - current - failed);
+                pending := greatest(CASE WHEN state <> 'stopped' THEN pending END, rows - "null" - current - failed);
             END IF;
         EXCEPTION WHEN OTHERS THEN
             SELECT NULL, NULL, NULL, NULL, NULL, NULL INTO rows, "null", current, failed, truncated, rows_estimated;
@@ -187,16 +192,19 @@ BEGIN
         reason := coalesce(reason, uncounted);
         current := least(current, rows - "null");
         coverage := CASE WHEN rows = "null" THEN 100 ELSE trunc(100.0 * current / nullif(greatest(rows - "null", 0), 0), 2) END;
-        oldest_pending_s := said.oldest_pending_s;
-        rows_per_s := said.rows_per_s;
-        eta_s := CASE WHEN rows - "null" - current - failed <= 0 THEN 0
-                      ELSE (rows - "null" - current - failed) / nullif(said.rows_per_s, 0) END;
+        SELECT NULL, NULL, NULL, NULL INTO oldest_pending_s, rows_per_s, eta_s, circuit_breaker;
+        IF state <> 'stopped' THEN  -- how fast a service was that is gone tells nobody anything
+            oldest_pending_s := said.oldest_pending_s;
+            rows_per_s := said.rows_per_s;
+            eta_s := CASE WHEN rows - "null" - current - failed <= 0 THEN 0
+                          ELSE (rows - "null" - current - failed) / nullif(said.rows_per_s, 0) END;
+            circuit_breaker := said.circuit_breaker;
+        END IF;
         last_error := said.last_error;
         backlog := said.backlog;
-        circuit_breaker := said.circuit_breaker;
         engine := said.engine;
         spilled := cdc_embedder._spilled_from(c.id);
-        SELECT greatest(pg_wal_lsn_diff(present, s.confirmed), 0)::bigint,
+        SELECT CASE WHEN s.confirmed IS NOT NULL THEN greatest(pg_wal_lsn_diff(present, s.confirmed), 0)::bigint END,
                CASE WHEN s.confirmed IS NOT NULL THEN least(s.confirmed, spilled) END
           INTO lag_bytes, embedded_through
           FROM cdc_embedder._slot(c.slot) s;

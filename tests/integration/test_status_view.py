@@ -13,6 +13,7 @@ from psycopg import sql
 
 from tests.configuring import DOCUMENTS, Connection, configure, one, wait_until_blocked
 from tests.servers import Bench
+from tests.service import until
 
 
 @contextmanager
@@ -92,8 +93,9 @@ def test_a_large_table_is_estimated_and_never_scanned(installed: Bench, admin: C
         " rows_per_s) VALUES (%s, 'backfilling', 4000000, 1000000, 1500000, 0, 3, 7, 100)",
         (documents,),
     )
-    assert one(admin, f"SELECT {COUNTS}, eta_s FROM cdc_embedder.status") == (
-        4_000_000, True, 1_000_000, 1_500_000, 7, 0, 3, 50, 15_000)  # fmt: skip
+    with held_slot(installed):
+        assert one(admin, f"SELECT {COUNTS}, eta_s FROM cdc_embedder.status") == (
+            4_000_000, True, 1_000_000, 1_500_000, 7, 0, 3, 50, 15_000)  # fmt: skip
     with psycopg.connect(installed.dsn_admin) as holder:
         holder.execute("LOCK TABLE documents IN ACCESS EXCLUSIVE MODE")
         assert one(admin, "SELECT rows FROM cdc_embedder.status") == 4_000_000, "no lock on the table was wanted"
@@ -142,6 +144,44 @@ def test_a_column_is_stopped_where_nobody_holds_its_slot(installed: Bench, admin
     assert state(admin) == ("stopped", f"no service runs for slot {installed.slot}")
     admin.execute("INSERT INTO cdc_embedder.column_state (column_id, state) VALUES (%s, 'live')", (documents,))
     assert state(admin)[0] == "stopped", "what a service said last does not outlive it"
+
+
+def test_a_slot_that_is_being_made_is_read_by_nobody(installed: Bench, admin: Connection, documents: int) -> None:
+    """It shows as active, by the session that makes it, for as long as that waits for older transactions."""
+    admin.execute("INSERT INTO cdc_embedder.column_state (column_id, state) VALUES (%s, 'live')", (documents,))
+    with (
+        psycopg.connect(installed.dsn_admin, autocommit=True) as maker,
+        psycopg.connect(installed.dsn_admin) as holder,
+    ):
+        holder.execute("SELECT pg_current_xact_id()")
+        make = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+        making = threading.Thread(target=maker.execute, args=(make, (installed.slot,)), daemon=True)
+        making.start()
+        active = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s AND active"
+        until(lambda: one(admin, active, installed.slot) == 1, "the slot is not being made")
+        found = one(admin, "SELECT state, reason, lag_bytes, embedded_through FROM cdc_embedder.status")
+        assert found[0] == "stopped"
+        assert f"the slot {installed.slot} is being made" in found[1]
+        assert found[2:] == (None, None), "no lag is known, which is not the same as none"
+        holder.rollback()
+        making.join()
+    assert state(admin) == ("stopped", f"no service runs for slot {installed.slot}")
+
+
+def test_what_a_service_said_of_its_pace_does_not_outlive_it(
+    installed: Bench, admin: Connection, documents: int
+) -> None:
+    admin.execute("INSERT INTO documents (id, body) VALUES (1, 'a'), (2, 'b'), (3, 'c')")
+    remember(admin, documents, (1, "current", 1, 9))
+    admin.execute(
+        "INSERT INTO cdc_embedder.column_state (column_id, state, pending, rows_per_s, oldest_pending_s,"
+        " circuit_breaker, engine) VALUES (%s, 'backfilling', 3, 0.5, 7, 'open', 'packed')",
+        (documents,),
+    )
+    pace = "SELECT current, pending, rows_per_s, eta_s, oldest_pending_s, circuit_breaker, engine, lag_bytes"
+    assert one(admin, f"{pace} FROM cdc_embedder.status") == (1, 2, None, None, None, None, "packed", None)
+    with held_slot(installed):
+        assert one(admin, f"{pace} FROM cdc_embedder.status")[:-1] == (1, 3, 0.5, 4, 7, "open", "packed")
 
 
 def test_a_running_service_is_quoted(installed: Bench, admin: Connection, documents: int) -> None:
