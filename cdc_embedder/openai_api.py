@@ -309,8 +309,8 @@ def _refusal(problem: Problem) -> Refusal:
             return Refusal(400, str(problem), param="input")
         case TooManyRequests():
             return _rate_limited(str(problem), problem.retry_after)
-        case NotReady():
-            return _unavailable(problem.sentence, 1.0)
+        case NotReady():  # behind a balancer another connection may lead to the instance that works
+            return _unavailable(problem.sentence, 1.0, last=True)
         case Temporary():
             log.warning("a request over HTTP was not answered: %s", problem.sentence)
             return _unavailable("the model cannot be used now", getattr(problem, "retry_after", None) or 1.0)
@@ -328,8 +328,8 @@ def _rate_limited(message: str, retry_after: float) -> Refusal:
     return Refusal(429, message, "rate_limit_exceeded", kind="rate_limit_error", retry_after=retry_after)
 
 
-def _unavailable(message: str, retry_after: float) -> Refusal:
-    return Refusal(503, message, "service_unavailable", kind="server_error", retry_after=retry_after)
+def _unavailable(message: str, retry_after: float, *, last: bool = False) -> Refusal:
+    return Refusal(503, message, "service_unavailable", kind="server_error", retry_after=retry_after, last=last)
 
 
 def _internal() -> Refusal:
@@ -386,7 +386,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
         return refusal.response
     if error.status_code == 405:
         return _json(405, {"error": "GET and HEAD are understood"}, headers | {"Allow": "GET, HEAD"})
-    return _json(404, {"error": "there are /healthz, /readyz, /v1/embeddings and /v1/models"}, headers)
+    return _json(404, {"error": "there are /healthz, /readyz, /metrics, /v1/embeddings and /v1/models"}, headers)
 
 
 def _json(status: int, body: Any, headers: Mapping[str, str] | None = None) -> Response:

@@ -563,6 +563,7 @@ async def test_an_instance_that_is_not_ready_says_so_and_when_to_come_again() ->
     async with served(ready=False) as port:
         status, body, headers = await post(port, {"model": "plain", "input": "a"})
         assert (status, body["error"]["type"], headers["Retry-After"]) == (503, "server_error", "1")
+        assert headers["Connection"] == "close", "another one may lead to the instance that works"
 
 
 async def begun(queries: Queries) -> None:
