@@ -28,7 +28,7 @@ MOST_CHARACTERS = 64 << 20
 """What may wait for models; who asks for more is asked to come again."""
 
 REFRESH_SECONDS = 0.05
-"""How far apart the models are read again for names that are not among them."""
+"""How far apart the models are read again for those who ask for what is not among them."""
 
 LEAST_NORM = 1e-12
 """A shorter vector has no direction."""
@@ -94,8 +94,8 @@ _Part = tuple[_Request, int, int]
 class Queries:
     """`embed` answers; the rest says who else has to wait.
 
-    `models` are the rows of the table, kept by whoever reads it. `refresh` reads them again where a name is unknown;
-    None: this instance waits, and only models that it has loaded answer.
+    `models` are the rows of the table, kept by whoever reads it. `refresh` reads them again where a name is unknown, or
+    whoever asks sees another row; None: this instance waits, and only models that it has loaded answer.
     """
 
     def __init__(self, embedders: Embedders, meters: Meters | None = None) -> None:
@@ -105,6 +105,7 @@ class Queries:
         self._calls: set[asyncio.Task[None]] = set()
         self._busy: Counter[Embedder] = Counter()
         self._refreshing = asyncio.Lock()
+        self._refreshed_at = -math.inf
         self.models: Mapping[str, ModelSpec] = {}
         self.refresh: Callable[[], Awaitable[None]] | None = None
         self.ended: Callable[[], None] = lambda: None
@@ -125,15 +126,16 @@ class Queries:
         prompt: str | None = None,
         normalize: bool | None = None,
         via: str = "http",
+        row: ModelSpec | None = None,
     ) -> Answered:
         """The vectors of `texts`. `prompt` goes before each in place of the model's; `normalize`: not as its row says;
-        `via`: by which way the question came, for the meters.
+        `via`: by which way the question came, for the meters; `row`: the model's row as it is seen by who asks.
 
         Raises UnknownModel, NotReady, TooManyRequests, TextRejected, and what embedders raise.
         """
         began, result = time.monotonic(), "failed"
         try:
-            answered = await self._embed(model, texts, input_type, prompt, normalize)
+            answered = await self._embed(model, texts, input_type, prompt, normalize, row)
             result = "answered"
             return answered
         except (UnknownModel, TooManyRequests, TextRejected, NotReady):
@@ -144,9 +146,15 @@ class Queries:
                 self._meters.query(via, result, time.monotonic() - began)
 
     async def _embed(
-        self, model: str, texts: Sequence[str], input_type: InputType, prompt: str | None, normalize: bool | None
+        self,
+        model: str,
+        texts: Sequence[str],
+        input_type: InputType,
+        prompt: str | None,
+        normalize: bool | None,
+        row: ModelSpec | None,
     ) -> Answered:
-        spec = await self._spec(model)
+        spec = await self._spec(model, row)
         if prompt is not None:
             texts, input_type = [prompt + text for text in texts], InputType.NONE
         self._admit(texts)
@@ -175,12 +183,11 @@ class Queries:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
 
-    async def _spec(self, model: str) -> ModelSpec:
-        if model not in self.models and self.refresh is not None:
+    async def _spec(self, model: str, row: ModelSpec | None) -> ModelSpec:
+        if not self._knows(model, row) and self.refresh is not None:
+            asked_at = time.monotonic()
             async with self._refreshing:
-                if model not in self.models and self.refresh is not None:
-                    await self.refresh()
-                    await asyncio.sleep(REFRESH_SECONDS)
+                await self._read_again(model, row, asked_at)
         spec = self.models.get(model)
         if self.refresh is None and (spec is None or not self._embedders.has(spec)):
             raise NotReady(f"the model {model} is not loaded here", hint="Another instance serves this database")
@@ -188,6 +195,18 @@ class Queries:
             known = ", ".join(sorted(self.models)) or "none"
             raise UnknownModel(f"there is no model {model}", hint=f"Known: {known}")
         return spec
+
+    def _knows(self, model: str, row: ModelSpec | None) -> bool:
+        """Whether the row is here, and is the one that is seen by who asks."""
+        return model in self.models if row is None else self.models.get(model) == row
+
+    async def _read_again(self, model: str, row: ModelSpec | None, asked_at: float) -> None:
+        """Once for all who came before it begins: what is another row then has changed again, or is not committed."""
+        await asyncio.sleep(self._refreshed_at + REFRESH_SECONDS - time.monotonic())
+        if not self._knows(model, row) and self._refreshed_at < asked_at and self.refresh is not None:
+            began = time.monotonic()
+            await self.refresh()
+            self._refreshed_at = began
 
     def _admit(self, texts: Sequence[str]) -> None:
         waiting = [r for queue in self._queues.values() for r in queue.requests if r.waiting]

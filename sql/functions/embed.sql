@@ -29,24 +29,31 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION cdc_embedder._begin_to_wait() RETURNS void
+-- Replaced by the two below.
+DROP FUNCTION IF EXISTS cdc_embedder._begin_to_wait(), cdc_embedder._end_to_wait();
+
+-- Let the service know that somebody waits: 1, for what he emitted to be flushed, needed before PostgreSQL 17; 2, for how far
+-- a slot on a standby is to be noted. It looks for a lock, whoever holds it. Any role may take that lock for itself
+-- alone: the service then looks after us as well, and nobody waits for it here. Returns whether it is held, or not needed.
+CREATE OR REPLACE FUNCTION cdc_embedder._tell_of_waiting(what int) RETURNS boolean
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF current_setting('server_version_num')::int < 170000 THEN
-        PERFORM pg_advisory_lock_shared(1667523429, 1);
+    IF what = 1 AND current_setting('server_version_num')::int >= 170000 THEN
+        RETURN true;
     END IF;
+    RETURN pg_try_advisory_lock_shared(1667523429, what);
 END
 $$;
 
-CREATE OR REPLACE FUNCTION cdc_embedder._end_to_wait() RETURNS void
+CREATE OR REPLACE FUNCTION cdc_embedder._stop_telling(what int, told boolean) RETURNS void
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF current_setting('server_version_num')::int < 170000 THEN
-        PERFORM pg_advisory_unlock_shared(1667523429, 1);
+    IF told AND NOT (what = 1 AND current_setting('server_version_num')::int >= 170000) THEN
+        PERFORM pg_advisory_unlock_shared(1667523429, what);
     END IF;
 END
 $$;
@@ -81,18 +88,28 @@ BEGIN
 END
 $$;
 
--- The setting cdc_embedder.embed_timeout as an interval; a bare number is milliseconds, as of other timeouts.
+-- The setting cdc_embedder.embed_timeout as an interval; a bare number is milliseconds, as of other timeouts. Bounded:
+-- the moment until which an answer is wanted has to be one that the service can read.
 CREATE OR REPLACE FUNCTION cdc_embedder._embed_timeout() RETURNS interval
 LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     setting text := coalesce(nullif(current_setting('cdc_embedder.embed_timeout', true), ''), '10s');
+    timeout interval;
 BEGIN
-    RETURN CASE WHEN setting ~ '^\s*\d+\s*$' THEN setting || ' ms' ELSE setting END::interval;
-EXCEPTION WHEN invalid_datetime_format OR datetime_field_overflow THEN
-    RAISE EXCEPTION 'cdc_embedder.embed_timeout is no duration: %', setting
-        USING ERRCODE = 'invalid_parameter_value', HINT = 'SET cdc_embedder.embed_timeout = ''5s''.';
+    BEGIN
+        timeout := CASE WHEN setting ~ '^\s*\d+\s*$' THEN setting || ' ms' ELSE setting END::interval;
+    EXCEPTION WHEN data_exception THEN
+        RAISE EXCEPTION 'cdc_embedder.embed_timeout is no duration: %', setting
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'SET cdc_embedder.embed_timeout = ''5s''.';
+    END;
+    IF timeout <= interval '0' OR timeout > interval '1 day' THEN
+        RAISE EXCEPTION 'cdc_embedder.embed_timeout is out of range: %', setting
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'More than nothing, and a day at most: SET cdc_embedder.embed_timeout = ''5s''.';
+    END IF;
+    RETURN timeout;
 END
 $$;
 
@@ -115,6 +132,11 @@ BEGIN
             USING ERRCODE = 'undefined_object',
                   HINT = format('Known: %s. Another is a row in cdc_embedder.model (name and dimensions are enough).',
                                 (SELECT string_agg(m.name, ', ' ORDER BY m.name) FROM cdc_embedder.model m));
+    END IF;
+    IF array_ndims($2) > 1 THEN
+        RAISE EXCEPTION 'the array of texts has % dimensions', array_ndims($2)
+            USING ERRCODE = 'array_subscript_error',
+                  HINT = 'One is meant: ARRAY(SELECT unnest(texts)) makes it of any other.';
     END IF;
     IF array_position($2, NULL) IS NOT NULL THEN
         RAISE EXCEPTION 'a text of the array is NULL'
@@ -154,6 +176,7 @@ DECLARE
     began timestamptz := clock_timestamp();
     until timestamptz := began + cdc_embedder._embed_timeout();
     request uuid := gen_random_uuid();
+    told boolean := false;  -- whether we hold the lock by which the service knows of us
     slot name;
     found_answer cdc_embedder.answer;
 BEGIN
@@ -162,11 +185,13 @@ BEGIN
     END IF;
     PERFORM cdc_embedder._check_embed(model, texts);
     slot := cdc_embedder._embed_slot(until);
-    PERFORM cdc_embedder._begin_to_wait();
     BEGIN
+        told := cdc_embedder._tell_of_waiting(1);
+        -- With the model's row as it is seen here: word of its change may reach the service after this.
         PERFORM cdc_embedder._emit_embed(jsonb_build_object(
             'id', request, 'slot', slot, 'until', extract(epoch FROM until), 'model', model, 'texts', to_jsonb(texts),
-            'input_type', input_type, 'prompt', prompt, 'normalize', normalized));
+            'input_type', input_type, 'prompt', prompt, 'normalize', normalized,
+            'row', (SELECT to_jsonb(m) FROM cdc_embedder.model m WHERE m.name = $1)));
         LOOP
             SELECT * INTO found_answer FROM cdc_embedder.answer a WHERE a.id = request;
             EXIT WHEN FOUND;
@@ -176,12 +201,13 @@ BEGIN
                           HINT = 'The service may be loading the model, or be busy: SET cdc_embedder.embed_timeout = ''60s'' waits longer.';
             END IF;
             PERFORM pg_sleep(least(0.02, greatest(0.0005, extract(epoch FROM clock_timestamp() - began) / 20)));
+            told := told OR cdc_embedder._tell_of_waiting(1);
         END LOOP;
     EXCEPTION WHEN OTHERS OR query_canceled THEN
-        PERFORM cdc_embedder._end_to_wait();
+        PERFORM cdc_embedder._stop_telling(1, told);
         RAISE;
     END;
-    PERFORM cdc_embedder._end_to_wait();
+    PERFORM cdc_embedder._stop_telling(1, told);
     IF found_answer.sqlstate IS NOT NULL THEN
         RAISE EXCEPTION '%', found_answer.message USING ERRCODE = found_answer.sqlstate, HINT = found_answer.hint;
     END IF;

@@ -196,6 +196,11 @@ BEGIN
             RAISE EXCEPTION '%.% is not served: %', c.source_table, quote_ident(c.target_column), coalesce(said.reason, said.state)
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                       HINT = 'SELECT state, reason FROM cdc_embedder.status tells when it is live again.';
+        ELSIF (SELECT t.relpersistence FROM pg_class t WHERE t.oid = c.source_table) = 'u' THEN
+            RAISE EXCEPTION '%.% is fed by scans alone: the table is unlogged', c.source_table, quote_ident(c.target_column)
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                      HINT = format('No position tells what is embedded: ask for a scan with cdc_embedder.reconcile(), or ALTER TABLE %s SET LOGGED.',
+                                    c.source_table);
         -- Facts that are durable before a key is forgotten, whatever the service said last.
         ELSIF NOT coalesce(s.counted, false) OR coalesce(s.finished_at < begun, true) THEN
             RAISE EXCEPTION '%.% is being backfilled: what is embedded cannot be told from its position yet', c.source_table, quote_ident(c.target_column)
@@ -218,27 +223,38 @@ BEGIN
 END
 $$;
 
--- Returns when every change of the table that was committed before the call is embedded.
+-- Returns when every change of the table that was committed before the call is embedded. Not STRICT: NULL would come
+-- back at once, as if it were.
 CREATE OR REPLACE FUNCTION cdc_embedder.wait_until_embedded(
     source_table regclass, timeout interval DEFAULT '30 s', ignore_failed boolean DEFAULT false)
 RETURNS void
-LANGUAGE plpgsql VOLATILE STRICT SECURITY DEFINER
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     began timestamptz := clock_timestamp();
+    flushed boolean := false;  -- whether we hold the locks by which the service knows of us
+    noted boolean := false;
     here pg_lsn;
     through pg_lsn;
 BEGIN
+    IF source_table IS NULL OR timeout IS NULL OR ignore_failed IS NULL THEN
+        RAISE EXCEPTION '% of wait_until_embedded is NULL',
+                CASE WHEN source_table IS NULL THEN 'source_table' WHEN timeout IS NULL THEN 'timeout' ELSE 'ignore_failed' END
+            USING ERRCODE = 'null_value_not_allowed',
+                  HINT = CASE WHEN source_table IS NULL THEN 'to_regclass() gives NULL where there is no such table.'
+                              WHEN timeout IS NULL THEN 'Leave it out for 30 seconds.'
+                              ELSE 'Leave it out, or pass true or false.' END;
+    END IF;
     IF pg_is_in_recovery() THEN
         RAISE EXCEPTION 'a standby cannot wait for vectors: nobody writes here'
             USING ERRCODE = 'read_only_sql_transaction', HINT = 'Ask the primary.';
     END IF;
     PERFORM cdc_embedder._check_isolation('the end of the wait');
     PERFORM cdc_embedder._check_wait($1, ignore_failed);
-    PERFORM cdc_embedder._begin_to_wait();
-    PERFORM pg_advisory_lock_shared(1667523429, 2);  -- has the service note how far a slot on a standby is
     BEGIN
+        flushed := cdc_embedder._tell_of_waiting(1);
+        noted := cdc_embedder._tell_of_waiting(2);
         -- It lies behind every commit that anybody could see, and flushing it flushes those.
         here := cdc_embedder._emit('cdc_embedder.wait', '');
         LOOP
@@ -250,12 +266,14 @@ BEGIN
                           HINT = 'The service goes on all the same: wait again, or for longer.';
             END IF;
             PERFORM pg_sleep(0.01);
+            flushed := flushed OR cdc_embedder._tell_of_waiting(1);
+            noted := noted OR cdc_embedder._tell_of_waiting(2);
         END LOOP;
     EXCEPTION WHEN OTHERS OR query_canceled THEN
-        PERFORM cdc_embedder._end_to_wait(), pg_advisory_unlock_shared(1667523429, 2);
+        PERFORM cdc_embedder._stop_telling(1, flushed), cdc_embedder._stop_telling(2, noted);
         RAISE;
     END;
-    PERFORM cdc_embedder._end_to_wait(), pg_advisory_unlock_shared(1667523429, 2);
+    PERFORM cdc_embedder._stop_telling(1, flushed), cdc_embedder._stop_telling(2, noted);
     -- What came to be in doubt meanwhile is not proved by the position.
     PERFORM cdc_embedder._check_wait($1, ignore_failed);
 END

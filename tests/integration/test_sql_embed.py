@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,6 +100,7 @@ def test_it_works_in_an_open_transaction_that_only_reads(served: Bench, stranger
     [
         ("SELECT cdc_embedder.embed('nothing', 'a')", "42704", "there is no model"),
         ("SELECT cdc_embedder.embed('fake', ARRAY['a', NULL])", "22004", "NULL"),
+        ("SELECT cdc_embedder.embed('fake', ARRAY[['a', 'b'], ['c', NULL]])", "2202E", "2 dimensions"),
         ("SELECT cdc_embedder.embed('fake', repeat('a', 8388609))", "54000", "too large"),
         ("SELECT cdc_embedder.embed('fake', array_fill('a'::text, ARRAY[10001]))", "54000", "too large"),
     ],
@@ -130,24 +134,31 @@ def test_a_text_that_the_model_refuses_is_told_and_its_neighbours_are_answered(s
         served.admin.execute("SELECT cdc_embedder.embed('gone', 'a')")
 
 
-def test_many_sessions_at_once_share_calls_of_the_model(served: Bench) -> None:
-    """Each call of this model takes a tenth of a second: alone, 64 of them would be heard after more than six."""
-    make_model(served, "slow", delay_s=0.1)
+def test_many_sessions_at_once_share_calls_of_the_model(installed: Bench) -> None:
+    """64 questions of eight sessions: alone each would be a call of its own."""
+    make_model(installed, "slow", delay_s=0.3)
     found: dict[int, Any] = {}
 
     def ask(first: int) -> None:
-        with psycopg.connect(served.dsn_admin, autocommit=True) as session:
+        with psycopg.connect(installed.dsn_admin, autocommit=True) as session:
             session.execute("SET cdc_embedder.embed_timeout = '60s'")
             for n in range(first, first + 8):
                 [(found[n],)] = session.execute("SELECT cdc_embedder.embed('slow', %s)", (f"text {n}",)).fetchall()
 
     askers = [threading.Thread(target=ask, args=(n * 8,)) for n in range(8)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
+    with running(installed, CDC_EMBEDDER_SQL_EMBED="on", CDC_EMBEDDER_HTTP="127.0.0.1:0") as service:
+        service.wait_for_log("SQL is answered")
+        service.wait_for_log("health is served at")
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+        [url] = re.findall(r"health is served at (http://\S+)/healthz", service.log)
+        metrics = urllib.request.urlopen(url + "/metrics", timeout=60).read().decode()
     assert len(found) == 64
     assert all(same(value, f"text {n}", "slow") for n, value in found.items())
+    [calls] = re.findall(r'^cdc_embedder_model_calls_total\{model="slow"\} (\S+)$', metrics, re.MULTILINE)
+    assert 8 <= float(calls) <= 32, "a session asks again when it is answered, and each call may answer all of them"
 
 
 def test_answers_are_read_by_their_asker_alone_and_swept(served: Bench, stranger: psycopg.Connection[Any]) -> None:
@@ -159,6 +170,21 @@ def test_answers_are_read_by_their_asker_alone_and_swept(served: Bench, stranger
     assert answers(served) > 0
     served.admin.execute("UPDATE cdc_embedder.answer SET made_at = made_at - interval '1 minute'")
     until(lambda: answers(served) == 0, "never swept")
+
+
+def test_answers_that_nobody_is_left_to_read_are_swept_by_whoever_comes_next(installed: Bench) -> None:
+    """Of a service that was killed, or one that is told not to answer any more."""
+    make_model(installed)
+    leave = (
+        "INSERT INTO cdc_embedder.answer (id, vectors, dimensions, made_at)"
+        " VALUES (gen_random_uuid(), '{1}', 1, clock_timestamp() - interval '%s')"
+    )
+    installed.admin.execute(leave % "1 minute")  # type: ignore[call-overload]
+    with running(installed, CDC_EMBEDDER_SQL_EMBED="on"):
+        until(lambda: answers(installed) == 0, "never swept at the start")
+    installed.admin.execute(leave % "5 seconds")  # type: ignore[call-overload]
+    with running(installed):
+        until(lambda: answers(installed) == 0, "never swept while it is off")
 
 
 def test_a_request_that_nobody_signed_is_no_work(served: Bench, stranger: psycopg.Connection[Any]) -> None:
@@ -178,6 +204,35 @@ def test_a_request_that_nobody_signed_is_no_work(served: Bench, stranger: psycop
         {"s": secret, "r": request},
     )
     until(lambda: answers(served) == 2, "the same request, signed, is not answered: nothing was shown")
+
+
+def test_a_request_that_makes_no_sense_is_answered_all_the_same(served: Bench) -> None:
+    """Signed, and so ours: a moment that JSON has no number for."""
+    request = (
+        '{"id": "00000000-0000-0000-0000-000000000001", "slot": "' + served.slot + '_embed", "until": "Infinity",'
+        ' "model": "fake", "texts": ["that nobody should read"], "input_type": "none", "prompt": null,'
+        ' "normalize": null}'
+    )
+    secret = served.admin.execute("SELECT secret FROM cdc_embedder.sql_embed").fetchone()[0]  # type: ignore[index]
+    served.admin.execute(
+        "SELECT pg_logical_emit_message(true, 'cdc_embedder.embed',"
+        " sha256(%(s)s || sha256(%(s)s || convert_to(%(r)s, 'UTF8'))) || convert_to(%(r)s, 'UTF8'))",
+        {"s": secret, "r": request},
+    )
+    until(lambda: answers(served) == 1, "never answered")
+    said = served.admin.execute("SELECT sqlstate, message FROM cdc_embedder.answer").fetchone()
+    assert said == ("55000", "the service could not embed this: its log says more")
+
+
+def test_a_model_that_was_changed_is_used_as_it_is_from_the_commit_on(served: Bench) -> None:
+    for turn in range(10):
+        served.admin.execute("UPDATE cdc_embedder.model SET query_prompt = %s", (f"{turn}: ",))
+        [(found,)] = served.admin.execute("SELECT cdc_embedder.embed_query('fake', 'a')").fetchall()
+        assert same(found, f"{turn}: a"), turn
+    with served.admin.transaction():  # what nobody else can see yet is of no effect
+        served.admin.execute("UPDATE cdc_embedder.model SET query_prompt = 'later: '")
+        [(found,)] = served.admin.execute("SELECT cdc_embedder.embed_query('fake', 'a')").fetchall()
+        assert same(found, "9: a")
 
 
 def test_so_many_texts_a_second_and_no_more(served: Bench) -> None:
@@ -247,9 +302,24 @@ def test_the_timeout_is_a_duration(served: Bench) -> None:
     served.admin.execute("SET cdc_embedder.embed_timeout = 300")
     with pytest.raises(psycopg.errors.CannotConnectNow, match=r"no service answered within 00:00:00\.3"):
         served.admin.execute("SELECT cdc_embedder.embed('sleepy', 'a')")
-    served.admin.execute("SET cdc_embedder.embed_timeout = 'soon'")
-    with pytest.raises(psycopg.errors.InvalidParameterValue, match="no duration"):
-        served.admin.execute("SELECT cdc_embedder.embed('fake', 'a')")
+    for wrong in ("soon", "9999999 years", "999999999999999999", "0", "-5s", "25h", "infinity"):
+        served.admin.execute("SELECT set_config('cdc_embedder.embed_timeout', %s, false)", (wrong,))
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=r"no duration|out of range") as refusal:
+            served.admin.execute("SELECT cdc_embedder.embed('fake', 'a')")
+        assert refusal.value.diag.message_hint, wrong
+
+
+def test_a_lock_that_a_stranger_keeps_to_himself_holds_no_asker_up(served: Bench) -> None:
+    """Any role may take that by which the service knows, before PostgreSQL 17, that somebody waits."""
+    with psycopg.connect(served.dsn_admin, autocommit=True) as stranger:
+        stranger.execute("SELECT pg_advisory_lock(1667523429, 1)")
+        served.admin.execute("SET statement_timeout = '100s'")
+        for n in range(3):
+            [(found,)] = served.admin.execute("SELECT cdc_embedder.embed('fake', %s)", (f"q {n}",)).fetchall()
+            assert same(found, f"q {n}")
+    assert served.admin.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+    ).fetchone() == (0,)
 
 
 def test_a_cancelled_request_leaves_no_lock(served: Bench) -> None:
@@ -310,14 +380,20 @@ def until_answered(admin: psycopg.Connection[Any]) -> list[Any]:
 
 
 def test_queries_are_answered_while_a_backfill_runs(installed: Bench) -> None:
-    make_model(installed, delay_per_text_s=0.0005)
+    """Ahead of it: whoever stands behind the rows that wait is answered when nearly all of them are embedded."""
+    make_model(installed, delay_per_text_s=0.002)
     make_documents(installed, 10_000)
     installed.admin.execute("SET cdc_embedder.embed_timeout = '60s'")
     with running(installed, CDC_EMBEDDER_SQL_EMBED="on") as service:
         service.wait_for_log("SQL is answered")
+        done = [embedded(installed)]
         for n in range(20):
             [(found,)] = installed.admin.execute("SELECT cdc_embedder.embed('fake', %s)", (f"q {n}",)).fetchall()
             assert same(found, f"q {n}")
-        waiting = installed.admin.execute("SELECT count(*) FROM documents WHERE embedding IS NULL").fetchone()
-        assert waiting is not None
-        assert waiting[0] > 0, "the backfill was over: nothing was shown"
+            done.append(embedded(installed))
+        assert done[-1] < 10_000, "the backfill was over: nothing was shown"
+        assert max(after - before for before, after in pairwise(done)) <= 2_000
+
+
+def embedded(bench: Bench) -> int:
+    return bench.admin.execute("SELECT count(embedding) FROM documents").fetchone()[0]  # type: ignore[index]

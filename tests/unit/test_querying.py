@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,35 @@ async def test_a_model_that_is_down_or_unknown_is_told(queries: Queries) -> None
 
     queries.refresh = refresh
     assert right(await queries.embed("other", ["a"], InputType.NONE), "other", "a")
+
+
+async def test_whoever_sees_another_row_of_a_model_is_answered_by_it(queries: Queries) -> None:
+    """The row is read again, once for all who asked before; where it is the same then, it is not committed."""
+    changed, unseen = replace(PLAIN, query_prompt="new: "), replace(PLAIN, query_prompt="not committed: ")
+    reads = []
+
+    async def refresh() -> None:
+        await asyncio.sleep(0.01)
+        reads.append(1)
+        queries.models = {"plain": changed}
+
+    queries.refresh = refresh
+    assert right(await queries.embed("plain", ["a"], InputType.QUERY, row=PLAIN), "plain", "q: a")
+    assert right(await queries.embed("plain", ["a"], InputType.QUERY), "plain", "q: a")
+    assert reads == []
+    asked = [queries.embed("plain", ["a"], InputType.QUERY, row=row) for row in (changed, unseen, unseen, unseen)]
+    assert all(right(answer, "plain", "new: a") for answer in await asyncio.gather(*asked))
+    assert len(reads) <= 2, "one of those who came while it was read may ask again, and that is for all"
+
+
+async def test_a_read_that_failed_is_none(queries: Queries) -> None:
+    async def fail() -> None:
+        raise EmbedderDown("the database is not there")
+
+    queries.refresh = fail
+    for _ in range(2):
+        with pytest.raises(EmbedderDown):
+            await queries.embed("other", ["a"], InputType.NONE)
 
 
 async def test_an_instance_that_waits_answers_by_what_it_has_loaded(queries: Queries) -> None:
