@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import LiteralString
 
 import psycopg
 from psycopg import sql
 
-from cdc_embedder.database_errors import from_database
+from cdc_embedder.database_errors import from_database, not_connected
 from cdc_embedder.errors import Misconfigured
 from cdc_embedder.install import connect, has_pgml
 from cdc_embedder.installable import EMBED_SUFFIX, Connection, scalar
+from cdc_embedder.wal.slot import PLUGINS
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def uninstall_plan(dsn: str, slot: str, replication_dsn: str | None = None) -> l
         with connect(dsn, "uninstall") as conn, _standby(replication_dsn) as standby:
             return _sentences(_belongings(conn, standby, slot))
     except psycopg.Error as error:
-        raise from_database(error, "looking for what is installed") from error
+        raise not_connected(error, dsn, "looking for what is installed") from error
 
 
 def uninstall(dsn: str, slot: str, replication_dsn: str | None = None) -> list[str]:
@@ -82,15 +84,13 @@ def _standby(dsn: str | None) -> Iterator[Connection | None]:
 
 
 def _belongings(conn: Connection, standby: Connection | None, slot: str) -> Belongings:
-    installed = conn.execute("SELECT to_regclass('cdc_embedder.embedding_column') IS NOT NULL").fetchone()
-    names, columns = {slot}, None
-    if installed is not None and installed[0]:
-        rows = conn.execute("SELECT slot::text, count(*) FROM cdc_embedder.embedding_column GROUP BY 1").fetchall()
-        names |= {row[0] for row in rows}
-        columns = sum(row[1] for row in rows)
+    columns = None
+    if scalar(conn, "SELECT to_regclass('cdc_embedder.embedding_column') IS NOT NULL"):
+        columns = scalar(conn, "SELECT count(*) FROM cdc_embedder.embedding_column")
+    names = {slot} | _noted(conn)
     wanted = sorted(names | {name + EMBED_SUFFIX for name in names})
-    slots = conn.execute(_SLOTS, (wanted,)).fetchall()
-    there = [] if standby is None else standby.execute(_SLOTS, (wanted,)).fetchall()
+    slots = conn.execute(_SLOTS, (wanted, list(PLUGINS))).fetchall()
+    there = [] if standby is None else standby.execute(_SLOTS, (wanted, list(PLUGINS))).fetchall()
     if standby is None and scalar(conn, "SELECT to_regclass('cdc_embedder.standby_slot') IS NOT NULL"):
         left = [
             row[0] for row in conn.execute("SELECT slot::text FROM cdc_embedder.standby_slot WHERE plugin IS NOT NULL")
@@ -106,11 +106,7 @@ def _belongings(conn: Connection, standby: Connection | None, slot: str) -> Belo
         " WHERE pubname = ANY (%s) AND pubinsert AND pubupdate AND NOT pubdelete AND NOT puballtables ORDER BY 1",
         (wanted,),
     ).fetchall()
-    origins = conn.execute(
-        "SELECT o.roname FROM pg_replication_origin o, unnest(%s::text[]) AS s"
-        " WHERE o.roname ~ ('^' || s || '_[0-9]+$') ORDER BY 1",
-        (wanted,),
-    ).fetchall()
+    origins = conn.execute(_ORIGINS, (wanted,)).fetchall()
     return Belongings(
         slots=[row[0] for row in slots],
         on_standby=[row[0] for row in there],
@@ -123,10 +119,48 @@ def _belongings(conn: Connection, standby: Connection | None, slot: str) -> Belo
     )
 
 
+def _noted(conn: Connection) -> set[str]:
+    """Every slot that our tables tell of: one that no column names any more holds WAL back all the same."""
+    names: set[str] = set()
+    for table, statement in _NOTED.items():  # an older schema has not all of them
+        if scalar(conn, "SELECT to_regclass(%s) IS NOT NULL", table):
+            names |= {row[0] for row in conn.execute(statement)}
+    return names
+
+
+_NOTED: dict[str, LiteralString] = {
+    "cdc_embedder.embedding_column": """
+        SELECT slot::text FROM cdc_embedder.embedding_column
+         UNION
+        SELECT (regexp_match(pg_get_expr(d.adbin, d.adrelid), '^''([a-z0-9_]+)''::name$'))[1]
+          FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+         WHERE d.adrelid = 'cdc_embedder.embedding_column'::regclass AND a.attname = 'slot'
+           AND pg_get_expr(d.adbin, d.adrelid) ~ '^''[a-z0-9_]+''::name$'
+        """,
+    # in a restored dump others' rows are found
+    "cdc_embedder.progress": """
+        SELECT slot::text FROM cdc_embedder.progress
+         WHERE system_identifier = (SELECT c.system_identifier FROM pg_control_system() c)
+           AND database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+        """,
+    "cdc_embedder.leader": "SELECT slot::text FROM cdc_embedder.leader",
+    "cdc_embedder.given_up": "SELECT slot::text FROM cdc_embedder.given_up",
+    "cdc_embedder.standby_slot": "SELECT slot::text FROM cdc_embedder.standby_slot",
+}
+
 _SLOTS = """
 SELECT slot_name::text, active_pid FROM pg_replication_slots
- WHERE slot_name = ANY (%s) AND database = current_database() ORDER BY 1
+ WHERE slot_name = ANY (%s) AND plugin = ANY (%s) AND database = current_database() ORDER BY 1
 """
+
+_ORIGINS = """
+SELECT o.roname FROM pg_replication_origin o, unnest(%s::text[]) AS s
+ WHERE o.roname ~ ('^' || s || '_[0-9]+$')
+   AND NOT EXISTS (SELECT FROM pg_replication_slots r
+                    WHERE r.slot_name = s AND r.database IS DISTINCT FROM current_database())
+ ORDER BY 1
+"""
+"""Origins are the whole server's: not those of a service of another database, which this one was copied from."""
 
 _USERS = """
 WITH ours AS (

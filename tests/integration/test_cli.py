@@ -18,10 +18,11 @@ from psycopg import sql
 from cdc_embedder import __version__
 from cdc_embedder.embedded import Server
 from cdc_embedder.embedding.fake import fake_vector
+from cdc_embedder.uninstall import uninstall_plan
 from tests.commands import answers, asked, cli, fails, succeeds
 from tests.configuring import DOCUMENTS, configure
 from tests.servers import SERVICE_ROLE, Bench
-from tests.service import running, wait_caught_up
+from tests.service import running, until, wait_caught_up
 
 DIMENSIONS = 8
 
@@ -521,6 +522,85 @@ def test_uninstall_is_refused_while_a_service_runs_and_takes_its_slot_afterwards
     assert bench.admin.execute(
         "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", (bench.slot,)
     ).fetchone() == (0,)
+
+
+def test_uninstall_takes_a_slot_that_no_column_names_any_more(bench: Bench) -> None:
+    """It would hold WAL back for ever, and nothing would tell of it any more."""
+    second = f"{bench.slot}_b"
+    make_model(bench)
+    bench.admin.execute(DOCUMENTS)
+    bench.grant("documents", ["id"], ["body"], "embedding")
+    bench.admin.execute("INSERT INTO documents (id, body) VALUES (1, 'a')")
+    succeeds(bench, "init", CDC_EMBEDDER_SLOT=second)
+    configure(bench.admin, model="fake")
+    with running(bench, CDC_EMBEDDER_SLOT=second) as service:
+        until(lambda: answers(bench, "status")[0]["state"] == "live", "it was never live", lambda: service.log)
+        assert service.stop() == 0
+    succeeds(bench, "remove", "documents.embedding")
+    succeeds(bench, "init")
+    origins = [
+        f"removed the replication origin {name}"
+        for (name,) in bench.admin.execute(
+            "SELECT roname FROM pg_replication_origin WHERE roname ~ ('^' || %s || '_[0-9]+$') ORDER BY 1", (second,)
+        ).fetchall()
+    ]
+    done = succeeds(bench, "uninstall", "--yes").splitlines()
+    assert {line for line in done if line.startswith("removed")} == {
+        f"removed the replication slot {second}",
+        *(f"removed the publication {slot}{suffix}" for slot in (bench.slot, second) for suffix in ("", "_embed")),
+        *origins,
+        "removed the schema cdc_embedder with 0 configured columns and their ledgers",
+    }
+    left = "SELECT slot_name::text FROM pg_replication_slots WHERE database = current_database()"
+    assert bench.admin.execute(left + " UNION SELECT pubname FROM pg_publication").fetchall() == []
+
+
+@pytest.mark.parametrize(
+    ("noted", "taken"),
+    [
+        ("INSERT INTO cdc_embedder.leader (slot, term, service) VALUES ('noted', 1, 'x')", True),
+        ("INSERT INTO cdc_embedder.given_up (slot, retained_bytes) VALUES ('noted', 1)", True),
+        ("INSERT INTO cdc_embedder.standby_slot (slot, proof) VALUES ('noted', gen_random_uuid())", True),
+        ("ALTER TABLE cdc_embedder.embedding_column ALTER slot SET DEFAULT 'noted'", True),
+        (
+            "INSERT INTO cdc_embedder.progress (system_identifier, timeline, database_oid, slot)"
+            " SELECT s.system_identifier, 1, d.oid, 'noted' FROM pg_control_system() s, pg_database d"
+            " WHERE d.datname = current_database()",
+            True,
+        ),
+        (
+            "INSERT INTO cdc_embedder.progress (system_identifier, timeline, database_oid, slot)"
+            " SELECT s.system_identifier, 1, 1, 'noted' FROM pg_control_system() s",
+            False,
+        ),
+    ],
+)
+def test_uninstall_knows_every_slot_that_its_tables_tell_of(bench18: Bench, noted: str, taken: bool) -> None:
+    for name in ("noted", "noted_embed", "others"):
+        bench18.admin.execute(f"CREATE PUBLICATION {name} WITH (publish = 'insert, update')")  # type: ignore[arg-type]
+    bench18.admin.execute(noted)  # type: ignore[arg-type]
+    plan = uninstall_plan(bench18.dsn_admin, bench18.slot)
+    assert ("the publication noted" in plan, "the publication noted_embed" in plan) == (taken, taken)
+    assert "the publication others" not in plan
+
+
+def test_uninstall_leaves_what_belongs_to_others(bench18: Bench) -> None:
+    """A slot of a plugin that is not ours; and, in a copy of a database, the origins of the service of the original."""
+    elsewhere = f"{bench18.slot}_o"
+    bench18.admin.execute("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", (bench18.slot,))
+    bench18.admin.execute("INSERT INTO cdc_embedder.leader (slot, term, service) VALUES (%s, 1, 'x')", (elsewhere,))
+    bench18.admin.execute(
+        "SELECT pg_replication_origin_create(name) FROM unnest(%s::text[]) name",
+        ([f"{elsewhere}_1", f"{bench18.slot}_1"],),
+    )
+    with psycopg.connect(bench18.server.dsn(), autocommit=True) as original:
+        original.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (elsewhere,))
+        try:
+            plan = uninstall_plan(bench18.dsn_admin, bench18.slot)
+        finally:
+            original.execute("SELECT pg_drop_replication_slot(%s)", (elsewhere,))
+            original.execute("SELECT pg_replication_origin_drop(%s)", (f"{elsewhere}_1",))
+    assert [line for line in plan if "slot" in line or "origin" in line] == [f"the replication origin {bench18.slot}_1"]
 
 
 def test_a_question_without_a_database_server_is_no_traceback(bench18: Bench) -> None:
