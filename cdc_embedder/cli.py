@@ -53,7 +53,7 @@ def main() -> None:
         err.print(f"cdc-embedder: {problem.sentence}")
         sys.exit(1)
     except Exception as error:
-        from cdc_embedder.running import frames_of
+        from cdc_embedder.logs import frames_of
 
         err.print(f"cdc-embedder: a bug, please report it: {frames_of(error)}")
         sys.exit(1)
@@ -121,10 +121,11 @@ def run(
     flags = {name: value for name, value in locals().items() if name != "config"}
     settings = read_settings(config, **flags)
     from cdc_embedder import logs
-    from cdc_embedder.running import frames_of, run_until_signalled
+    from cdc_embedder.running import run_until_signalled
     from cdc_embedder.settings import misspelt
 
     logs.set_up(settings.log_format, settings.log_level)
+    logs.catch_all()
     for sentence in misspelt():
         logging.getLogger("cdc_embedder").warning("%s", sentence)
     try:
@@ -133,7 +134,7 @@ def run(
         logging.getLogger("cdc_embedder").error("%s", problem.sentence)
         sys.exit(1)
     except Exception as error:
-        logging.getLogger("cdc_embedder").critical("a bug, please report it: %s", frames_of(error))
+        logging.getLogger("cdc_embedder").critical("a bug, please report it: %s", logs.frames_of(error))
         sys.exit(1)
 
 

@@ -10,9 +10,15 @@ import json
 import logging
 import re
 import sys
+import threading
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TextIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import asyncio
 
 BURST = 5
 PERIOD_SECONDS = 60.0
@@ -58,13 +64,21 @@ class Quieter(logging.StreamHandler[TextIO]):
                 super().emit(told)
 
 
-class _Text(logging.Formatter):
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class _Formatter(logging.Formatter):
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
+        return "" if ei[1] is None else frames_of(ei[1])
+
+
+class _Text(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = f"{_time(record)} {record.levelname.lower():<7} {_one_line(record.getMessage())}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class _Json(logging.Formatter):
+class _Json(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": _time(record),
@@ -85,6 +99,35 @@ def set_up(form: str, level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("cdc_embedder").setLevel(level.upper())
+
+
+def catch_all() -> None:
+    """Have what a thread dies of, and Python's warnings, go the same way as the rest."""
+    threading.excepthook = _thread_died
+    logging.captureWarnings(True)
+
+
+def unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event loop's handler of exceptions; the loop's own would print them, and a row's text that they quote."""
+    error = context.get("exception")
+    told = frames_of(error) if isinstance(error, BaseException) else ""
+    logging.getLogger("cdc_embedder").error("a bug, please report it: %s: %s", context.get("message", ""), told)
+
+
+def _thread_died(died: threading.ExceptHookArgs) -> None:
+    told = died.exc_type.__name__ if died.exc_value is None else frames_of(died.exc_value)
+    logging.getLogger("cdc_embedder").error("a bug, please report it: a thread died: %s", told)
+
+
+def frames_of(error: BaseException) -> str:
+    """Where a bug of ours showed, frame by frame, without any message: it may quote the text of a row."""
+    lines, seen = [], [error]
+    while seen:
+        error = seen.pop()
+        if isinstance(error, BaseExceptionGroup):
+            seen += error.exceptions
+        lines.append(f"{type(error).__name__} at\n" + "".join(traceback.format_tb(error.__traceback__)))
+    return "\n".join(lines)
 
 
 def harmless(text: str) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import traceback
 
-from cdc_embedder import web
+from cdc_embedder import logs, web
 from cdc_embedder.notifying import Notifier, notifying
 from cdc_embedder.service import Service
 from cdc_embedder.settings import Settings
@@ -16,17 +15,6 @@ from cdc_embedder.settings import Settings
 def run_until_signalled(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; a second signal leaves at once. Raises Problem as the service does."""
     asyncio.run(_run(settings))
-
-
-def frames_of(error: BaseException) -> str:
-    """Where a bug of ours showed, frame by frame, without any message: it may quote the text of a row."""
-    lines, seen = [], [error]
-    while seen:
-        error = seen.pop()
-        if isinstance(error, BaseExceptionGroup):
-            seen += error.exceptions
-        lines.append(f"{type(error).__name__} at\n" + "".join(traceback.format_tb(error.__traceback__)))
-    return "\n".join(lines)
 
 
 async def _run(settings: Settings) -> None:
@@ -44,6 +32,7 @@ async def _run(settings: Settings) -> None:
         service.stop()
 
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(logs.unhandled)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     health.stuck = service.stuck

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -64,16 +66,57 @@ def test_the_time_is_utc_to_the_millisecond(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_a_defect_is_logged_with_its_traceback(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_defect_is_logged_by_its_frames_and_not_by_its_message(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which may quote the text of a row."""
     logs.set_up(form, "info")
     try:
-        raise LookupError("no such lane")
+        raise LookupError("the text of " + "a row")
     except LookupError:
         logging.getLogger("cdc_embedder").exception("defect")
     printed = "\n".join(lines(capsys))
     shown = json.loads(printed)["exception"] if form == "json" else printed
-    assert "Traceback" in shown
-    assert "LookupError: no such lane" in shown
+    assert "LookupError at" in shown
+    assert "in test_a_defect_is_logged_by_its_frames" in shown
+    assert "the text of a row" not in shown
+
+
+UNSEEN = """
+import asyncio, gc, sys, threading, warnings
+from cdc_embedder import logs
+
+def die():
+    raise ValueError("the text of" + " a row")
+
+async def main():
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(logs.unhandled)
+    loop.call_soon(die)
+    task = asyncio.create_task(asyncio.to_thread(die))
+    await asyncio.sleep(0.2)
+    del task
+    gc.collect()
+    thread = threading.Thread(target=die)
+    thread.start()
+    thread.join()
+    warnings.warn("be warned")
+
+logs.set_up(sys.argv[1], "info")
+logs.catch_all()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_nobody_waits_for_is_logged_in_the_same_way(form: str) -> None:
+    """Of callbacks, of tasks that nobody asks, of threads; and warnings of Python."""
+    done = subprocess.run([sys.executable, "-c", UNSEEN, form], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "the text of a row" not in done.stderr
+    assert done.stderr.count("ValueError at") == 3
+    assert "a thread died" in done.stderr
+    assert "be warned" in done.stderr
+    if form == "json":
+        assert [json.loads(line)["level"] for line in done.stderr.splitlines()] == ["error"] * 3 + ["warning"]
 
 
 @pytest.mark.parametrize(
