@@ -87,8 +87,12 @@ class Service:
     def __enter__(self) -> Service:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                assert_no_text_was_logged(self._bench, self.log)
+        finally:
+            self.end()
 
     def end(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -103,15 +107,12 @@ class Service:
 @contextmanager
 def running(bench: Any, module: str = "cdc_embedder", **environment: str) -> Iterator[Service]:
     """The service from start to end; a failing test shows its log. However it went, no text of a row is in it."""
-    service = Service(bench, module, **environment).start()
-    try:
-        yield service
-        assert_no_text_was_logged(bench, service.log)
-    except BaseException:
-        print(service.log)
-        raise
-    finally:
-        service.end()
+    with Service(bench, module, **environment).start() as service:
+        try:
+            yield service
+        except BaseException:
+            print(service.log)
+            raise
 
 
 def assert_no_text_was_logged(bench: Any, log: str) -> None:

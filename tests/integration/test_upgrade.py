@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 import pytest
 from psycopg import sql
 
 from cdc_embedder.install import install, package_version, schema_version, sql_dir, upgrade
-from tests.documents import make_documents, make_model
+from tests.documents import embedded_at, make_documents, make_model
 from tests.servers import SERVICE_ROLE, Bench, make_bench
 from tests.service import assert_every_vector_is_of_its_text, running, until, wait_caught_up
 
@@ -100,6 +101,38 @@ def test_the_service_brings_an_older_schema_forward_and_goes_on_with_what_is_in_
         for service in services:
             assert service.stop() == 0
     assert version(bench) == package_version()
+
+
+def test_what_was_embedded_is_not_embedded_again_and_what_was_spilled_is_found(bench: Bench) -> None:
+    """The tables as version 1 had them, with what a service left in them."""
+    make_model(bench)
+    make_documents(bench, 30)
+    with running(bench) as service:
+        wait_caught_up(bench)
+        assert service.stop() == 0
+    bench.admin.execute(
+        "DROP TABLE cdc_embedder.given_up, cdc_embedder.standby_slot;"
+        "ALTER TABLE cdc_embedder.backlog_1 DROP COLUMN committed_at;"
+        "DELETE FROM cdc_embedder.migration WHERE version > 1;"
+        # as one that was spilled: nothing but the backlog asks for it
+        "UPDATE cdc_embedder.ledger_1 SET fingerprint = '\\x00' WHERE key_1 = 7;"
+        "INSERT INTO cdc_embedder.backlog_1 VALUES (7, '0/1', '0/1', NULL, 1)"
+    )
+    before = embedded_at(bench)
+    with running(bench) as service:
+        service.wait_for_log("applied migration 003")
+        until(lambda: one(bench, "SELECT count(*) FROM cdc_embedder.backlog_1") == 0, "it stayed in the backlog")
+        wait_caught_up(bench)
+        assert service.stop() == 0
+    after = embedded_at(bench)
+    assert {key for key in before if after[key] != before[key]} == {7}
+    assert assert_every_vector_is_of_its_text(bench) == 30
+
+
+def one(bench: Bench, statement: LiteralString) -> int:
+    row = bench.admin.execute(statement).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def run(bench: Bench, **environment: str) -> subprocess.CompletedProcess[str]:
