@@ -912,6 +912,14 @@ def test_a_slot_that_the_server_gave_up_is_told(ward: Bench) -> None:
         assert found(ward, "slot-status").level == "ok"
 
 
+def test_every_slot_that_the_service_makes_is_a_failover_slot_and_so_it_is_told(ward: Bench) -> None:
+    assert found(ward, "failover-slot").sentence.startswith("the slot will be a failover slot")
+    with running(ward):
+        wait_caught_up(ward)
+        finding = found(ward, "failover-slot")
+        assert (finding.level, finding.sentence[:23]) == ("ok", "it is a failover slot: ")
+
+
 @spoils("slot-reader")
 def test_a_stranger_that_reads_our_slot_is_told_and_can_be_ended(ward: Bench) -> None:
     make_slot(ward, ward.slot)
