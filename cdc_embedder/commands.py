@@ -194,14 +194,22 @@ def verify(
     dsn: Dsn = None,
     config: Config = None,
 ) -> None:
-    """Recompute stored vectors and compare; exit status 1 if any is missing, stale or wrong."""
+    """Recompute stored vectors and compare; exit status 1 if any is missing, stale or wrong, or cannot be verified."""
     from cdc_embedder import verifying
 
     names = [table_and_column(name) for name in columns or []]
     settings = read_settings(config, dsn=dsn, device=device)
+
+    def tell(sentence: str) -> None:
+        if err.is_terminal:
+            err.print(sentence)
+
     with verifying.progress_bar(err) as advance:
-        reports = verifying.verify(settings, names, wait=wait, sample=sample, advance=advance)
+        reports = verifying.verify(settings, names, wait=wait, sample=sample, advance=advance, tell=tell)
     verifying.print_reports(reports, out, as_json=as_json)
+    for report in reports:
+        if report.error:
+            err.print(f"cdc-embedder: {report.name} cannot be verified: {report.error}")
     if not all(report.good for report in reports):
         sys.exit(1)
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cdc_embedder.asking import Row, session
+from cdc_embedder.identifiers import column_of
 from cdc_embedder.pausing import called
+from cdc_embedder.status import unbroken
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ def print_found(found: Found, console: Console, *, as_json: bool, whole: bool) -
                 console.print(f"{field:<13} {_shown(_told(field, value))}", soft_wrap=True)
             console.print()
     else:
-        console.print(_table(found.rows))
+        with unbroken(console):
+            console.print(_table(found.rows))
     if found.more:
         console.print(f"and {found.more:,} more: --limit shows them")
 
@@ -59,7 +62,7 @@ def _table(rows: list[Row]) -> Table:
         table.add_column(name, justify="right" if name == "attempts" else "left", overflow="fold")
     for row in rows:
         table.add_row(
-            _shown(f"{row['source_table']}.{row['target_column']}"),
+            _shown(column_of(row["source_table"], row["target_column"])),
             _shown(_told("key", row["key"])),
             str(row["attempts"]),
             _told("retry_at", row["retry_at"]),

@@ -78,14 +78,14 @@ def _display(console: Console, as_json: bool) -> Iterator[Callable[[list[Row] | 
 
         def below(found: list[Row] | str) -> None:
             console.print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z")
-            with _unbroken(console):
+            with unbroken(console):
                 console.print(_shown(found, console))
 
         yield below
 
 
 @contextmanager
-def _unbroken(console: Console) -> Iterator[None]:
+def unbroken(console: Console) -> Iterator[None]:
     """Where there is no terminal, lines are as long as they have to be."""
     width = console.width
     try:
@@ -139,7 +139,8 @@ def _shown(found: list[Row] | str, console: Console) -> RenderableType:
     needed = Measurement.get(console, console.options.update(width=WIDE), out).maximum
     if needed > console.width:
         out = Group(*(Text(line) for row in found for line in _lines(row)))
-    return Group(out, *(Text(f"{_name(row)} is {row['state']}: {row['reason']}") for row in found if row["reason"]))
+    told = [row for row in found if row["reason"] not in (None, "", row["state"])]
+    return Group(out, *(Text(f"{_name(row)} is {row['state']}: {row['reason']}") for row in told))
 
 
 def _lines(row: Row) -> list[str]:
@@ -158,7 +159,7 @@ def _name(row: Row) -> str:
 
 def show_rows(found: list[Row], console: Console) -> None:
     """As a table, or as lines where a terminal is too narrow for one."""
-    with _unbroken(console):
+    with unbroken(console):
         console.print(_shown(found, console))
 
 

@@ -11,7 +11,8 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -20,20 +21,22 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from cdc_embedder import catalog
-from cdc_embedder.asking import Row, session
+from cdc_embedder.asking import NAMES, Row, session
 from cdc_embedder.catalog import EmbeddingColumn
 from cdc_embedder.database_errors import from_database
 from cdc_embedder.embedding.base import InputType
 from cdc_embedder.embedding.isolation import embed_isolating
 from cdc_embedder.embedding.registry import Embedders
-from cdc_embedder.errors import ColumnFault, Problem
-from cdc_embedder.identifiers import join, split
+from cdc_embedder.errors import ColumnFault, Problem, ServerGone
+from cdc_embedder.identifiers import column_of, join, split
+from cdc_embedder.pausing import configured
 from cdc_embedder.pending import Key
 from cdc_embedder.rows import audit
 from cdc_embedder.rows.audit import Evidence, Finding
 from cdc_embedder.rows.session import Connection, connect
 from cdc_embedder.settings import Settings
-from cdc_embedder.waiting import wait_for_pending
+from cdc_embedder.status import unbroken
+from cdc_embedder.waiting import Tell, wait_for_pending
 
 LEAST_COSINE = 0.9999
 """Below this a vector is wrong: what float32 leaves between two runs of one model is ten times less."""
@@ -47,7 +50,10 @@ BATCH = 256
 
 @dataclass(slots=True)
 class Report:
-    """One column's numbers. `null` counts rows without text; one that holds a vector is in wrong or stale too."""
+    """One column's numbers. `null` counts rows without text; one that holds a vector is in wrong or stale too.
+
+    `error`: why the column could not be verified; the numbers say nothing then.
+    """
 
     id: int
     source_table: str
@@ -61,11 +67,28 @@ class Report:
     stale: int = 0
     wrong: int = 0
     orphaned: int = 0
+    error: str = ""
 
     @property
     def good(self) -> bool:
         """Nothing missing, stale or wrong. An orphan costs space, not truth; a failure is in the ledger, and told."""
-        return not (self.missing or self.stale or self.wrong)
+        return not (self.missing or self.stale or self.wrong or self.error)
+
+    @property
+    def name(self) -> str:
+        """Table and column, to be pasted into a command."""
+        return column_of(self.source_table, self.target_column)
+
+    def as_object(self) -> dict[str, Any]:
+        """For JSON: `error` is there only where there is one, and the numbers, which are not known then, are None."""
+        found = asdict(self)
+        if self.error:
+            return found | dict.fromkeys(NUMBERS)
+        del found["error"]
+        return found
+
+
+NUMBERS = ("rows", "null", "current", "pending", "failed", "missing", "stale", "wrong", "orphaned")
 
 
 Advance = Callable[[str, int, int], None]
@@ -87,32 +110,42 @@ def progress_bar(console: Console) -> Iterator[Advance]:
 
 
 def print_reports(reports: list[Report], console: Console, *, as_json: bool) -> None:
-    """A line a column, or as JSON: a list of objects."""
+    """A line a column that could be verified; or as JSON, a list of objects: of one that could not, without numbers."""
     if as_json:
-        print(json.dumps([asdict(report) for report in reports]))
+        print(json.dumps([report.as_object() for report in reports]))
         return
     if not reports:
         console.print("no column is configured: INSERT INTO cdc_embedder.embedding_column, or cdc-embedder add")
+    verified = [report for report in reports if not report.error]
+    if not verified:
         return
-    numbers = [field.name for field in fields(Report)][3:]
     out = Table(box=None, header_style="bold")
-    for name in ("column", *numbers):
-        out.add_column(name, justify="left" if name == "column" else "right", no_wrap=name != "column")
-    for report in reports:
-        out.add_row(
-            f"{report.source_table}.{report.target_column}", *(f"{getattr(report, name):,}" for name in numbers)
-        )
-    console.print(out)
+    out.add_column("column", overflow="fold")
+    for name in NUMBERS:
+        out.add_column(name, justify="right", no_wrap=True)
+    for report in verified:
+        out.add_row(report.name, *(f"{getattr(report, name):,}" for name in NUMBERS))
+    with unbroken(console):
+        console.print(out)
 
 
 def verify(
-    settings: Settings, names: Sequence[tuple[str, str]], *, wait: bool, sample: int | None, advance: Advance
+    settings: Settings,
+    names: Sequence[tuple[str, str]],
+    *,
+    wait: bool,
+    sample: int | None,
+    advance: Advance,
+    tell: Tell = lambda sentence: None,
 ) -> list[Report]:
-    """Verify the columns `names` (table, target), or all, in order of id. Raises Problem."""
+    """Verify the columns `names` (table, target), or all, in order of id: one that cannot be is in the way of no other.
+
+    `tell` is told what is waited for. Raises Problem.
+    """
     with session(settings.dsn.get_secret_value(), "verify", "verifying") as connection:
         ids = _chosen(connection, names)
         if wait:
-            wait_for_pending(connection, ids)
+            wait_for_pending(connection, ids, tell=tell)
         told = connection.execute(
             "SELECT s.*, c.slot AS served_by FROM cdc_embedder.status s"
             "  JOIN cdc_embedder.embedding_column c ON c.id = s.id WHERE s.id = ANY ($1) ORDER BY s.id",
@@ -127,15 +160,10 @@ def _chosen(connection: psycopg.Connection[Row], names: Sequence[tuple[str, str]
         return [row["id"] for row in connection.execute("SELECT id FROM cdc_embedder.embedding_column").fetchall()]
     ids = []
     for table, target in names:
-        row = connection.execute(
-            "SELECT id FROM cdc_embedder.embedding_column WHERE source_table = $1::regclass AND target_column = $2",
-            (table, target),
-        ).fetchone()
-        if row is None:
-            raise Problem(
-                f"{join([*split(table), target])} is not a configured column", hint="see: cdc-embedder status"
-            )
-        ids.append(row["id"])
+        found = [row for row in configured(connection, split(table), target) if row["present"] or not row["there"]]
+        if not found:
+            raise Problem(f"{join([*split(table), target])} is not a configured column", hint=NAMES)
+        ids += [row["id"] for row in found]
     return ids
 
 
@@ -155,11 +183,21 @@ async def _verify(settings: Settings, told: list[Row], sample: int | None, advan
             column = columns.get(row["id"])
             if column is None:
                 continue  # removed since
-            if column.fault is not None:
-                raise ColumnFault(f"{column.label} cannot be verified: {column.fault}")
             report = Report(row["id"], row["source_table"], row["target_column"], pending=row["pending"] or 0)
-            verification = Verification(connection, column, embedders, report, sample, row["engine"] or "")
-            await verification.run(_steps(advance, report, row["rows"] or 0))
+            try:
+                if column.fault is not None:
+                    raise ColumnFault(column.fault)
+                verification = Verification(connection, column, embedders, report, sample, row["engine"] or "")
+                await verification.run(_steps(advance, report, row["rows"] or 0))
+            except psycopg.Error as error:
+                problem = from_database(error, "reading its rows")
+                if connection.closed or isinstance(problem, ServerGone):
+                    raise problem from error
+                report.error = problem.sentence
+            except ServerGone:
+                raise
+            except Problem as problem:
+                report.error = problem.sentence
             reports.append(report)
     except psycopg.Error as error:
         raise from_database(error, "verifying") from error
@@ -170,8 +208,7 @@ async def _verify(settings: Settings, told: list[Row], sample: int | None, advan
 
 
 def _steps(advance: Advance, report: Report, expected: int) -> Callable[[int], None]:
-    name = f"{report.source_table}.{report.target_column}"
-    return lambda done: advance(name, done, max(report.rows, expected))
+    return lambda done: advance(report.name, done, max(report.rows, expected))
 
 
 class Verification:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from io import StringIO
 from typing import Any
 
@@ -22,7 +21,7 @@ from cdc_embedder.verifying import LEAST_COSINE, LEAST_COSINE_HALF, Sample, leas
 from cdc_embedder.waiting import wait_for_pending
 from tests.commands import answers, asked, fails
 from tests.servers import Bench, make_bench
-from tests.service import running, wait_caught_up
+from tests.service import running, until, wait_caught_up
 
 KEYS = [
     "id", "source_table", "target_column", "rows", "null", "current", "pending", "failed", "missing", "stale", "wrong",
@@ -85,7 +84,7 @@ def reports(bench: Bench, *names: tuple[str, str], sample: int | None = None) ->
     """What `verify` finds, as the service's role."""
     settings = Settings(dsn=SecretStr(bench.dsn_service))
     found = verify(settings, names, wait=False, sample=sample, advance=lambda name, done, total: None)
-    return [asdict(report) for report in found]
+    return [report.as_object() for report in found]
 
 
 def differences(bench: Bench, *, sample: int | None = None) -> dict[str, int]:
@@ -312,6 +311,76 @@ def test_a_right_that_is_missing_is_told(bench18: Bench) -> None:
     )
     sentence = fails(bench18, "verify", CDC_EMBEDDER_DSN=bench18.dsn_service)
     assert "permission denied for table documents" in sentence
+
+
+def test_a_column_that_cannot_be_verified_is_in_the_way_of_no_other(bench18: Bench) -> None:
+    for table in ("dropped", "denied", "documents"):
+        make_documents(bench18, table=table)
+    bench18.admin.execute("DROP TABLE dropped")
+    bench18.admin.execute("REVOKE ALL ON denied FROM cdc_service; REVOKE SELECT (body) ON denied FROM cdc_service")
+    done = asked(bench18, "verify", "--json", CDC_EMBEDDER_DSN=bench18.dsn_service)
+    assert done.returncode == 1
+    found = {report["source_table"]: report for report in json.loads(done.stdout)}
+    assert list(found) == ["public.dropped", "public.denied", "public.documents"]
+    assert list(found["public.documents"]) == KEYS
+    assert found["public.documents"]["missing"] == 36
+    for table, reason in {"dropped": "the table public.dropped was dropped", "denied": "permission denied"}.items():
+        assert list(found[f"public.{table}"]) == [*KEYS, "error"]
+        assert reason in found[f"public.{table}"]["error"]
+        assert {found[f"public.{table}"][name] for name in KEYS[3:]} == {None}
+        assert f"cdc-embedder: public.{table}.embedding cannot be verified: " in done.stderr
+    shown = asked(bench18, "verify", CDC_EMBEDDER_DSN=bench18.dsn_service)
+    assert shown.returncode == 1
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["column", "public.documents.embedding"]
+    assert "was dropped" in fails(bench18, "verify", "dropped.embedding")
+
+
+def test_where_there_is_no_terminal_nothing_is_cut_off(bench18: Bench) -> None:
+    """80 columns are what is assumed of a pipe."""
+    name = "a_table_of_a_name_that_is_quite_long"
+    make_documents(bench18, table=name)
+    bench18.admin.execute("UPDATE cdc_embedder.model SET options = '{\"reject\": \"text\"}' WHERE name = 'fake'")
+    for command in ("verify", "failed"):
+        if command == "failed":
+            with running(bench18) as service:
+                until(lambda: answers(bench18, "failed"), "no row failed", lambda: service.log)
+                assert service.stop() == 0
+        lines = asked(bench18, command, COLUMNS="").stdout.splitlines()
+        assert f"public.{name}.embedding" in [line.split()[0] for line in lines]
+        assert len(lines) == (2 if command == "verify" else 37)
+
+
+def test_names_are_shown_as_commands_take_them(bench18: Bench) -> None:
+    make_documents(bench18, table='"Odd Name"')
+    bench18.admin.execute('ALTER TABLE "Odd Name" RENAME embedding TO "Vec Tor"')
+    bench18.admin.execute("UPDATE cdc_embedder.embedding_column SET target_column = 'Vec Tor'")
+    name = 'public."Odd Name"."Vec Tor"'
+    for command in ("status", "verify"):
+        assert name in asked(bench18, command).stdout
+    assert asked(bench18, "verify", name).stdout == asked(bench18, "verify").stdout
+
+
+def test_a_column_that_its_operator_paused_is_not_waited_for(bench18: Bench) -> None:
+    for table in ("documents", "dropped"):
+        make_documents(bench18, table=table)
+    bench18.admin.execute("SELECT cdc_embedder.pause('documents')")
+    bench18.admin.execute("DROP TABLE dropped")
+    told: list[str] = []
+    with session(bench18.dsn_service, "verify", "verifying") as connection:
+        wait_for_pending(connection, [1, 2], standstill=0.0, tell=told.append)
+    assert told == []
+    assert "paused: paused" not in asked(bench18, "status").stdout
+
+
+def test_what_is_waited_for_is_told_when_it_changes(bench18: Bench) -> None:
+    make_documents(bench18)
+    told: list[str] = []
+    with (
+        session(bench18.dsn_service, "verify", "verifying") as connection,
+        pytest.raises(Misconfigured, match="is not waited for, it is stopped"),
+    ):
+        wait_for_pending(connection, [1], standstill=0.5, tell=told.append)
+    assert told == ["waiting for public.documents.embedding"]
 
 
 def waited(bench: Bench) -> dict[str, int]:
