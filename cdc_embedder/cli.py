@@ -27,7 +27,7 @@ from cdc_embedder.commands import (
     read_settings,
     table_and_column,
 )
-from cdc_embedder.errors import Problem
+from cdc_embedder.errors import ColumnFault, Misconfigured, Problem
 
 app = typer.Typer(
     name="cdc-embedder",
@@ -131,11 +131,23 @@ def run(
     try:
         run_until_signalled(settings)
     except Problem as problem:
-        logging.getLogger("cdc_embedder").error("%s", problem.sentence)
+        logging.getLogger("cdc_embedder").error("%s", _ended_by(problem).sentence)
         sys.exit(1)
     except Exception as error:
         logging.getLogger("cdc_embedder").critical("a bug, please report it: %s", logs.frames_of(error))
         sys.exit(1)
+
+
+def _ended_by(problem: Problem) -> Problem:
+    """A right that is missing ends no column alone only where it is one on what is ours."""
+    if problem.sqlstate != "42501" or not isinstance(problem, ColumnFault):
+        return problem
+    return Misconfigured(
+        str(problem),
+        hint="run it as the role that owns the schema cdc_embedder, which cdc-embedder init --owner ROLE makes that"
+        " role's at the first install; cdc-embedder doctor --no-model says whose it is",
+        sqlstate=problem.sqlstate,
+    )
 
 
 @app.command()

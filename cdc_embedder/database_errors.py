@@ -91,6 +91,8 @@ def from_database(error: psycopg.Error, doing: str, *, of_rows: bool = False) ->
             "a function, such as a trigger's, looks for it by search_path, and that of our sessions is pg_catalog:"
             " ALTER FUNCTION … SET search_path = …"
         )
+    if of_rows and state == "42501" and not error.diag.context and not hint:  # with a context it is a function's right
+        hint = "cdc-embedder doctor --no-model, run as the same role, prints the statement that is missing"
     if state in _COLUMN:
         return ColumnFault(message, hint=hint, sqlstate=state)
     return Problem(message, hint=hint, sqlstate=state)

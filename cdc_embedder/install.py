@@ -135,13 +135,13 @@ def _install(conn: Connection, slot: str, owner: str | None, published_everywher
     _lock(conn)
     if not published_everywhere:
         check_publications(conn)
+    done = _become_owner(conn, owner)  # who may not is told whose the schema is, and can read no version
     found = schema_version(conn)
     if found > package_version():
         raise Misconfigured(
             f"the database has version {found} of the schema, this program brings {package_version()}",
             hint="Update cdc-embedder; an older one must not touch a newer schema.",
         )
-    done = _become_owner(conn, owner)
     done += _apply(conn, found)
     if pgml or has_pgml(conn):
         done += _apply_pgml(conn)

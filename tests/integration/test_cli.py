@@ -142,6 +142,44 @@ def test_a_role_without_rights_is_told_so_and_one_that_may_read_the_status_sees_
         bench18.admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")  # type: ignore[arg-type]
 
 
+def test_a_role_that_is_not_the_schemas_owner_is_told_whose_rights_it_takes(bench18: Bench) -> None:
+    role = f"other_{bench18.database}"
+    bench18.admin.execute(f"CREATE ROLE {role} LOGIN REPLICATION")  # type: ignore[arg-type]
+    environment = {"CDC_EMBEDDER_DSN": bench18.server.dsn(bench18.database, role), "CDC_EMBEDDER_HTTP": "off"}
+    try:
+        for granted in ("", f"GRANT USAGE ON SCHEMA cdc_embedder TO {role}"):
+            bench18.admin.execute(granted)  # type: ignore[arg-type]
+            ran = asked(bench18, "run", **environment)
+            assert ran.returncode == 1
+            [*_, last] = ran.stderr.splitlines()
+            assert "permission denied for" in last
+            assert "run it as the role that owns the schema cdc_embedder" in last
+            assert fails(bench18, "init", **environment) == (
+                f"cdc-embedder: only {SERVICE_ROLE}, a member of it, or a superuser can change the schema cdc_embedder."
+                f" Connect as {SERVICE_ROLE}.\n"
+            )
+    finally:
+        bench18.admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")  # type: ignore[arg-type]
+
+
+def test_a_right_on_a_table_that_is_missing_is_told_with_who_prints_the_statement(bench18: Bench) -> None:
+    make_model(bench18)
+    bench18.admin.execute(DOCUMENTS)
+    bench18.admin.execute("INSERT INTO documents (id, body) VALUES (1, 'a')")
+    configure(bench18.admin, model="fake")
+    with running(bench18) as service:
+        until(lambda: answers(bench18, "status")[0]["state"] == "error", "no right was missed", lambda: service.log)
+        [row] = answers(bench18, "status")
+        assert "permission denied for table documents. cdc-embedder doctor --no-model" in row["reason"]
+        examined = asked(bench18, "doctor", "--no-model", CDC_EMBEDDER_DSN=bench18.dsn_service).stdout
+        statements = re.findall(rf"GRANT \w+ \([^)]*\) ON public\.documents TO {SERVICE_ROLE}", examined)
+        assert len(statements) == 2
+        for statement in statements:
+            bench18.admin.execute(statement)
+        wait_caught_up(bench18)
+        assert service.stop() == 0
+
+
 def test_an_unknown_setting_of_the_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('slto = "typo"\n')
