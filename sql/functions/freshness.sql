@@ -15,6 +15,41 @@ AS $$
      WHERE c.id = $1
 $$;
 
+-- The configured column that a user names: by the name that it has now, or by the one that it was configured with, which
+-- embedding_column shows until its row is changed. Nothing but NULLs where there is none.
+CREATE OR REPLACE FUNCTION cdc_embedder._configured_column(source_table oid, target_column name)
+RETURNS cdc_embedder.embedding_column
+LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT c
+      FROM cdc_embedder.embedding_column c, LATERAL (SELECT cdc_embedder._target_name(c.id) AS name) present
+     WHERE c.source_table = $1 AND $2 IN (present.name, c.target_column)
+     ORDER BY (present.name = $2) IS TRUE DESC
+     LIMIT 1
+$$;
+
+-- The sign by which the second half of an UPDATE that moves a row between partitions, an INSERT as far as triggers can
+-- see, is known from an application's INSERT: the same vector, in the same statement of the same session. Nobody else can
+-- make one, since the secret is in it; it passes once. Such an UPDATE moves a vector and writes none.
+CREATE OR REPLACE FUNCTION cdc_embedder._moving(column_id int, moved anyelement) RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    secret bytea := (SELECT e.secret FROM cdc_embedder.sql_embed e);
+    target name := cdc_embedder._target_name(column_id);
+    vector text;
+BEGIN
+    IF target IS NULL THEN
+        RETURN NULL;
+    END IF;
+    EXECUTE format('SELECT ($1).%I::text', target) INTO vector USING moved;
+    RETURN encode(sha256(secret || sha256(secret || convert_to(concat_ws(' ',
+        column_id, pg_backend_pid(), extract(epoch FROM statement_timestamp()), pg_trigger_depth(), vector), 'UTF8'))), 'hex');
+END
+$$;
+
 -- The functions behind the triggers of one column, made anew; without them, since they go with the function, the
 -- triggers. Only the table's owner may make the triggers, and is let use the functions.
 CREATE OR REPLACE FUNCTION cdc_embedder._make_guards() RETURNS trigger
@@ -69,6 +104,14 @@ BEGIN
             SET search_path = pg_catalog, pg_temp
             AS $body$
             BEGIN
+                IF TG_NARGS > 0 THEN
+                    PERFORM set_config('cdc_embedder.moving_%1$s', cdc_embedder._moving(%1$s, NEW), true);
+                    RETURN NEW;
+                END IF;
+                IF TG_OP = 'INSERT' AND current_setting('cdc_embedder.moving_%1$s', true) = cdc_embedder._moving(%1$s, NEW) THEN
+                    PERFORM set_config('cdc_embedder.moving_%1$s', '', true);
+                    RETURN NEW;
+                END IF;
                 IF current_setting('cdc_embedder.writer', true) = 'on' AND pg_has_role(session_user, current_user, 'MEMBER') THEN
                     RETURN NEW;
                 END IF;
@@ -95,6 +138,7 @@ AS $$
 DECLARE
     trigger name;
     changed text;
+    moved text;
     written text;
     statements text := '';
 BEGIN
@@ -108,6 +152,15 @@ BEGIN
         statements := format('CREATE TRIGGER %1$I BEFORE UPDATE ON %2$s FOR EACH ROW WHEN (%3$s) EXECUTE FUNCTION cdc_embedder._refuse_%4$s();'
                              'CREATE TRIGGER %5$I BEFORE INSERT ON %2$s FOR EACH ROW WHEN (NEW.%6$I IS NOT NULL) EXECUTE FUNCTION cdc_embedder._refuse_%4$s();',
                              trigger, NEW.source_table, changed, NEW.id, trigger || '_insert', NEW.target_column);
+    END IF;
+    IF NEW.protect AND EXISTS (SELECT FROM pg_class t WHERE t.oid = NEW.source_table AND t.relkind = 'p') THEN
+        -- Only a change of the key can move a row: a primary key has every column that any level is partitioned by. After
+        -- the trigger that clears: what it leaves NULL needs no leave.
+        SELECT string_agg(format('OLD.%1$I::text COLLATE pg_catalog."C" IS DISTINCT FROM NEW.%1$I::text COLLATE pg_catalog."C"', k.name), ' OR ')
+          INTO moved FROM cdc_embedder._primary_key(NEW.source_table) p, unnest(p.columns) AS k(name);
+        statements := statements || format(
+            'CREATE TRIGGER %1$I BEFORE UPDATE ON %2$s FOR EACH ROW WHEN (NEW.%3$I IS NOT NULL AND (%4$s)) EXECUTE FUNCTION cdc_embedder._refuse_%5$s(''move'');',
+            format('~~cdc_embedder_%s_c_move', NEW.id), NEW.source_table, NEW.target_column, moved, NEW.id);
     END IF;
     IF NEW.when_stale = 'clear' THEN
         trigger := format('~~cdc_embedder_%s_b_clear', NEW.id);
@@ -299,8 +352,7 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     relation oid := (SELECT t.typrelid FROM pg_type t WHERE t.oid = pg_typeof(source_row));
-    c cdc_embedder.embedding_column := (
-        SELECT e FROM cdc_embedder.embedding_column e WHERE e.source_table = relation AND e.target_column = $2);
+    c cdc_embedder.embedding_column := cdc_embedder._configured_column(relation, $2);
     names text[];
     same_key text;
     no_text text;

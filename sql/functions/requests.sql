@@ -43,13 +43,21 @@ EXCEPTION WHEN lock_not_available THEN
 END
 $$;
 
--- Stop serving a column. Its vectors stay.
+-- Stop serving a column, by the name that it has now or by the one that it was configured with. Its vectors stay.
 CREATE OR REPLACE FUNCTION cdc_embedder.remove_embedding_column(source_table regclass, target_column name) RETURNS void
 LANGUAGE plpgsql SECURITY INVOKER
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    DELETE FROM cdc_embedder.embedding_column c WHERE c.source_table = $1 AND c.target_column = $2;
+    -- In a restored dump the numbers may be others.
+    DELETE FROM cdc_embedder.embedding_column c
+     WHERE c.id = (SELECT e.id
+                     FROM cdc_embedder.embedding_column e
+                     LEFT JOIN pg_attribute a ON a.attrelid = e.source_table AND a.attnum = e.target_attnum AND NOT a.attisdropped
+                           AND e.database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                    WHERE e.source_table = $1 AND $2 IN (a.attname, e.target_column)
+                    ORDER BY (a.attname = $2) IS TRUE DESC
+                    LIMIT 1);
     IF NOT FOUND THEN
         RAISE EXCEPTION 'the column % of % is not configured', quote_ident($2), $1
             USING ERRCODE = 'undefined_object', HINT = 'SELECT * FROM cdc_embedder.embedding_column shows what is.';

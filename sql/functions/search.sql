@@ -8,12 +8,11 @@ LANGUAGE plpgsql STABLE STRICT SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    c cdc_embedder.embedding_column;
+    c cdc_embedder.embedding_column := cdc_embedder._configured_column($1, $2);
     target record;
     key text;
 BEGIN
-    SELECT * INTO c FROM cdc_embedder.embedding_column e WHERE e.source_table = $1 AND e.target_column = $2;
-    IF NOT FOUND THEN
+    IF c.id IS NULL THEN
         RAISE EXCEPTION 'the column % of % is not configured', quote_ident($2), $1
             USING ERRCODE = 'undefined_object', HINT = 'SELECT * FROM cdc_embedder.embedding_column shows what is.';
     END IF;

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -11,7 +15,7 @@ import pytest
 from psycopg import sql
 
 from tests.documents import make_documents, make_model, target_type
-from tests.servers import Bench
+from tests.servers import Bench, standby_of
 from tests.service import (
     assert_every_vector_is_of_its_text,
     confirmed,
@@ -37,6 +41,14 @@ def make(bench: Bench, rows: int = 0, **options: object) -> None:
         "INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model, when_stale,"
         " protect) VALUES ('documents', '{body}', 'embedding', 'fake', %(when_stale)s, %(protect)s)",
         chosen,
+    )
+
+
+def make_column(bench: Bench, target: str = "embedding") -> None:
+    bench.admin.execute(
+        "INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model)"
+        " VALUES ('documents', '{body}', %s, 'fake')",
+        (target,),
     )
 
 
@@ -264,7 +276,261 @@ def test_a_setting_alone_does_not_make_a_writer(installed: Bench, application: p
         application.execute("UPDATE documents SET embedding = '{1,0,0,0}'")
 
 
+def vector(bench: Bench, *numbers: int) -> str:
+    elements = ",".join(map(str, (numbers + (0,) * 8)[:8]))
+    return f"[{elements}]" if bench.has_vector else f"{{{elements}}}"
+
+
+def as_service(bench: Bench, statement: str) -> None:
+    """As the service writes: here in the superuser's name."""
+    with bench.admin.transaction():
+        bench.admin.execute("SET LOCAL cdc_embedder.writer = on")
+        bench.admin.execute(statement)  # type: ignore[call-overload]
+
+
+BRINGING = {
+    "INSERT INTO documents (id, body, embedding) VALUES (9, 'x', '{other}')": True,
+    "INSERT INTO documents (id, body, embedding) VALUES (9, 'x', DEFAULT)": False,
+    "INSERT INTO documents (id, body, embedding) VALUES (9, 'x', NULL)": False,
+    "INSERT INTO documents (id, body, embedding) VALUES (1, 'x', '{other}') ON CONFLICT (id) DO NOTHING": True,
+    "INSERT INTO documents (id) VALUES (1) ON CONFLICT (id) DO UPDATE SET embedding = '{other}'": True,
+    "INSERT INTO documents (id) VALUES (1) ON CONFLICT (id) DO UPDATE SET embedding = DEFAULT": True,
+    "INSERT INTO documents (id, body) VALUES (1, 'x') ON CONFLICT (id) DO UPDATE SET body = excluded.body": False,
+    "UPDATE documents SET embedding = DEFAULT": True,
+    "MERGE INTO documents USING (VALUES (1)) v (n) ON id = n WHEN MATCHED THEN UPDATE SET embedding = '{other}'": True,
+    "MERGE INTO documents USING (VALUES (1)) v (n) ON id = n WHEN MATCHED THEN UPDATE SET body = 'merged'": False,
+    "MERGE INTO documents USING (VALUES (9)) v (n) ON id = n"
+    " WHEN NOT MATCHED THEN INSERT (id, body, embedding) VALUES (n, 'x', '{other}')": True,
+    "MERGE INTO documents USING (VALUES (9)) v (n) ON id = n"
+    " WHEN NOT MATCHED THEN INSERT (id, body) VALUES (n, 'x')": False,
+    "DELETE FROM documents": False,
+}
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_by_whichever_statement_a_vector_is_brought_it_is_refused(installed: Bench, partitioned: bool) -> None:
+    make_model(installed)
+    if partitioned:
+        make_partitions(installed, key="(id)", by="id")
+    else:
+        make(installed, 5, protect=True)
+    as_service(installed, f"UPDATE documents SET embedding = '{vector(installed, 1)}'")
+    refused = {}
+    for statement in BRINGING:
+        try:
+            with installed.admin.transaction():
+                installed.admin.execute(statement.replace("{other}", vector(installed, 0, 1)))  # type: ignore[call-overload]
+                raise psycopg.Rollback
+        except psycopg.errors.GeneratedAlways:
+            refused[statement] = True
+        else:
+            refused[statement] = False
+    assert refused == BRINGING
+    for columns, row in (("(id, body, embedding)", (9, "x", vector(installed, 0, 1))), ("(id, body)", (9, "x"))):
+        if len(row) == 2:
+            copy(installed, columns, row)
+        else:
+            with pytest.raises(psycopg.errors.GeneratedAlways):
+                copy(installed, columns, row)
+
+
+def copy(bench: Bench, columns: str, row: tuple[object, ...]) -> None:
+    with bench.admin.cursor().copy(f"COPY documents {columns} FROM STDIN") as rows:  # type: ignore[arg-type]
+        rows.write_row(row)
+
+
+def make_partitions(bench: Bench, key: str = "(id, region)", by: str = "region", **options: object) -> None:
+    """Two levels, the second by another column where `key` has two; columns in another order in one partition."""
+    inner = "" if by == "id" else " PARTITION BY RANGE (id)"
+    first, second = ("(0) TO (100)", "(100) TO (200)") if by == "id" else ("('a') TO ('n')", "('n') TO ('z')")
+    bench.admin.execute(
+        f"CREATE TABLE documents (id bigint, region text NOT NULL DEFAULT 'b', body text,"
+        f" embedding {target_type(bench)}, PRIMARY KEY {key}) PARTITION BY RANGE ({by});"
+        f"CREATE TABLE first PARTITION OF documents FOR VALUES FROM {first}{inner};"
+        f"CREATE TABLE second (dropped int, embedding {target_type(bench)}, body text,"
+        f" region text NOT NULL DEFAULT 'b', id bigint, PRIMARY KEY {key});"
+        "ALTER TABLE second DROP dropped;"
+        f"ALTER TABLE documents ATTACH PARTITION second FOR VALUES FROM {second}"
+    )
+    if inner:
+        bench.admin.execute(
+            "CREATE TABLE first_low PARTITION OF first FOR VALUES FROM (0) TO (100);"
+            "CREATE TABLE first_high PARTITION OF first FOR VALUES FROM (100) TO (200)"
+        )
+    bench.admin.execute("INSERT INTO documents (id, body) SELECT n, 'text ' || n FROM generate_series(1, 5) n")
+    bench.grant("documents", ["id", "region"], ["body"], "embedding")
+    bench.admin.execute(
+        "INSERT INTO cdc_embedder.embedding_column (source_table, source_columns, target_column, model,"
+        " when_stale, protect, on_existing)"
+        " VALUES ('documents', '{body}', 'embedding', 'fake', %(when_stale)s, true, 'replace')",
+        {"when_stale": "keep"} | options,
+    )
+
+
+MOVES = (
+    "UPDATE documents SET id = 101 WHERE id = 1",  # within the inner level
+    "UPDATE documents SET region = 'q' WHERE id = 101",
+    "UPDATE documents SET region = 'c', id = id + 10 WHERE id = 101",
+    "UPDATE documents SET id = id + 100 WHERE id IN (2, 3, 4)",  # row by row
+    "UPDATE documents SET id = id - 100 WHERE id > 100",
+    "WITH moved AS (UPDATE documents SET id = id + 100 WHERE id < 100 RETURNING *) SELECT count(*) FROM moved",
+    "MERGE INTO documents USING (VALUES (105)) v (n) ON id = n WHEN MATCHED THEN UPDATE SET region = 'r'",
+    "DO $$ BEGIN UPDATE documents SET region = 'b' WHERE id = 105; UPDATE documents SET id = 5 WHERE id = 105; END $$",
+    "UPDATE documents SET id = 50 WHERE id = 5",  # which moves no row
+)
+
+
+def test_a_row_moves_between_partitions_and_its_vector_with_it(installed: Bench) -> None:
+    """As one with a generated column does: the INSERT that it ends as is none of the application's."""
+    make_model(installed)
+    make_partitions(installed)
+    with running(installed):
+        wait_caught_up(installed)
+        before = installed.admin.execute("SELECT body, embedding::real[] FROM documents ORDER BY body").fetchall()
+        for statement in MOVES:
+            installed.admin.execute(statement)  # type: ignore[call-overload]
+        # vectors went along: none was NULL until the service came by
+        assert (
+            installed.admin.execute("SELECT body, embedding::real[] FROM documents ORDER BY body").fetchall() == before
+        )
+        wait_caught_up(installed)
+        installed.admin.execute("UPDATE cdc_embedder.embedding_column SET when_stale = 'clear'")
+        with installed.admin.transaction():
+            installed.admin.execute("UPDATE documents SET region = 's', body = 'new ' || id")
+            assert one(installed, "SELECT count(embedding) FROM documents") == 0
+        wait_caught_up(installed)
+        assert assert_every_vector_is_of_its_text(installed) == 5
+
+
+def test_a_move_gives_no_leave_to_what_comes_after_it(installed: Bench) -> None:
+    make_model(installed)
+    make_partitions(installed)
+    admin = installed.admin
+    mine, other = vector(installed, 1), vector(installed, 0, 1)
+    as_service(installed, f"UPDATE documents SET embedding = '{mine}'")
+    move = "UPDATE documents SET id = 101 WHERE id = 1"
+    insert = f"INSERT INTO documents (id, region, body, embedding) VALUES (60, 'q', 'x', '{mine}')"
+    for statements in (
+        [f"UPDATE documents SET id = 101, embedding = '{other}' WHERE id = 1"],
+        [move, insert],
+        [f"DO $$ BEGIN {move}; {insert}; END $$"],
+        [f"WITH gone AS (DELETE FROM documents WHERE id = 1) {insert}"],
+        [f"SELECT set_config('cdc_embedder.moving_1', '{mine}', true)", insert],
+    ):
+        with pytest.raises(psycopg.errors.GeneratedAlways):
+            in_one_transaction(installed, statements)
+    admin.execute(
+        "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " PERFORM set_config('app.seen', current_setting('cdc_embedder.moving_1'), false); RETURN OLD; END $$;"
+        "CREATE TRIGGER look BEFORE DELETE ON first_low FOR EACH ROW EXECUTE FUNCTION look()"
+    )
+    in_one_transaction(installed, [move, "UPDATE documents SET id = 1 WHERE id = 101"])
+    assert one(installed, "SELECT length(current_setting('app.seen'))") == 64, "what a move could show was not seen"
+    again = "SELECT set_config('cdc_embedder.moving_1', current_setting('app.seen'), true)"
+    with pytest.raises(psycopg.errors.GeneratedAlways):
+        in_one_transaction(installed, [move, again, insert])
+
+
+def in_one_transaction(bench: Bench, statements: list[str]) -> None:
+    with bench.admin.transaction():
+        for statement in statements:
+            bench.admin.execute(statement)  # type: ignore[call-overload]
+
+
 # wait_until_embedded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("to_regclass('nothing')", "source_table"),
+        ("'documents', NULL", "timeout"),
+        ("'documents', ignore_failed => NULL", "ignore_failed"),
+    ],
+)
+def test_an_argument_that_is_null_is_refused(installed: Bench, arguments: str, named: str) -> None:
+    make_model(installed)
+    make(installed, 1)
+    with pytest.raises(psycopg.errors.NullValueNotAllowed, match=named) as refusal:
+        installed.admin.execute(f"SELECT cdc_embedder.wait_until_embedded({arguments})")  # type: ignore[call-overload]
+    assert refusal.value.diag.message_hint
+
+
+def test_a_lock_that_a_stranger_keeps_to_himself_holds_nobody_up(installed: Bench) -> None:
+    """Any role may take those by which the service knows that somebody waits."""
+    make_model(installed)
+    make(installed, 3)
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+    with running(installed), psycopg.connect(installed.dsn_admin, autocommit=True) as stranger:
+        wait_caught_up(installed)
+        stranger.execute("SELECT pg_advisory_lock(1667523429, 1), pg_advisory_lock(1667523429, 2)")
+        installed.admin.execute("SET statement_timeout = '100s'")
+        for turn in range(3):
+            installed.admin.execute("UPDATE documents SET body = %s WHERE id = 1", (f"turn {turn}",))
+            installed.admin.execute("SELECT cdc_embedder.wait_until_embedded('documents', '90 s')")
+            assert embedded(installed, fake_vector("fake", f"turn {turn}", 8))
+        with psycopg.connect(installed.dsn_admin) as holder:
+            installed.admin.execute("UPDATE documents SET body = 'locked' WHERE id = 1")
+            holder.execute("SELECT FROM documents WHERE id = 1 FOR UPDATE")
+            with pytest.raises(psycopg.errors.CannotConnectNow, match="was not embedded within"):
+                installed.admin.execute("SELECT cdc_embedder.wait_until_embedded('documents', '1 s')")
+            stranger.execute("SELECT pg_advisory_unlock_all()")
+            with pytest.raises(psycopg.errors.CannotConnectNow, match="was not embedded within"):
+                installed.admin.execute("SELECT cdc_embedder.wait_until_embedded('documents', '1 s')")
+        assert one(installed, held) == 0
+
+
+def test_a_table_that_scans_alone_feed_is_not_waited_for(installed: Bench) -> None:
+    make_model(installed)
+    make_documents(installed, 3, configure=False)
+    installed.admin.execute("ALTER TABLE documents SET UNLOGGED")
+    make_column(installed)
+    wait = "SELECT cdc_embedder.wait_until_embedded('documents', '150 s')"
+    with running(installed) as service:
+        until(lambda: one(installed, "SELECT count(embedding) FROM documents") == 3, "no scan", lambda: service.log)
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="the table is unlogged") as refusal:
+            installed.admin.execute(wait)
+        assert "SET LOGGED" in (refusal.value.diag.message_hint or "")
+        installed.admin.execute("ALTER TABLE documents SET LOGGED")
+        installed.admin.execute("UPDATE cdc_embedder.embedding_column SET source_table = source_table")  # publishes it
+        until(lambda: waited(installed, wait), "for ever refused", lambda: service.log)
+
+
+def waited(bench: Bench, statement: str) -> bool:
+    try:
+        bench.admin.execute(statement)  # type: ignore[call-overload]
+    except psycopg.errors.ObjectNotInPrerequisiteState:
+        return False
+    return True
+
+
+def test_a_standby_refuses_to_wait_and_to_ask(bench18: Bench) -> None:
+    make_model(bench18)
+    make(bench18, 1)
+    with standby(bench18) as session:
+        until(lambda: followed(session), "the standby never follows")
+        for statement in (
+            "SELECT cdc_embedder.wait_until_embedded('documents')",
+            "SELECT cdc_embedder.embed('fake', 'a')",
+        ):
+            with pytest.raises(psycopg.errors.ReadOnlySqlTransaction, match="a standby cannot") as refusal:
+                session.execute(statement)  # type: ignore[call-overload]
+            assert "Ask the primary" in (refusal.value.diag.message_hint or "")
+
+
+@contextmanager
+def standby(bench: Bench) -> Iterator[psycopg.Connection[Any]]:
+    with tempfile.TemporaryDirectory(prefix="cdc-embedder-", ignore_cleanup_errors=True) as directory:
+        Path(directory).chmod(0o755)
+        with (
+            standby_of(bench.server, Path(directory)) as server,
+            psycopg.connect(server.dsn(bench.database), autocommit=True) as session,
+        ):
+            yield session
+
+
+def followed(session: psycopg.Connection[Any]) -> bool:
+    return session.execute("SELECT FROM cdc_embedder.embedding_column").fetchone() is not None
 
 
 @pytest.mark.parametrize("spill", ["10", "0.05"])
@@ -424,6 +690,7 @@ def test_current_rows_are_told_from_others(installed: Bench) -> None:
         " VALUES ('papers', '{title,body}', 'embedding', 'fake')"
     )
     current = "SELECT array_agg(n ORDER BY n) FROM cdc_embedder.fresh(NULL::papers, 'embedding')"
+    renamed = "SELECT array_agg(n ORDER BY n) FROM cdc_embedder.fresh(NULL::papers, 'The Vector')"
     with running(installed) as service:
         wait_caught_up(installed)
         assert one(installed, current) == list(range(1, 13)), "6 and 12 have no text, and no vector"
@@ -436,8 +703,39 @@ def test_current_rows_are_told_from_others(installed: Bench) -> None:
     assert one(installed, where) == [1, 2, 3, 4, 6]
     with pytest.raises(psycopg.errors.UndefinedObject, match="is not configured"):
         admin.execute("SELECT cdc_embedder.is_current(p, 'title') FROM papers p")
+    admin.execute('ALTER TABLE papers RENAME embedding TO "The Vector"')
+    assert one(installed, renamed) == [5, 7, 8, 9, 10, 11, 12]
+    assert one(installed, current) == [5, 7, 8, 9, 10, 11, 12], "by the name that embedding_column shows"
+    admin.execute('ALTER TABLE papers RENAME "The Vector" TO embedding')
     admin.execute("UPDATE cdc_embedder.embedding_column SET separator = ' '")
     assert one(installed, current) == [12], "of another generation"
+
+
+def test_columns_that_swapped_their_names_are_known_by_those_they_have(installed: Bench) -> None:
+    make_model(installed)
+    make_documents(installed, 3, configure=False)
+    admin = installed.admin
+    admin.execute(f"ALTER TABLE documents ADD other {target_type(installed)}")
+    installed.grant("documents", ["id"], ["body"], "other")
+    make_column(installed)
+    make_column(installed, "other")
+    with running(installed):
+        wait_caught_up(installed)
+    admin.execute(
+        "ALTER TABLE documents RENAME embedding TO e; ALTER TABLE documents RENAME other TO embedding;"
+        "ALTER TABLE documents RENAME e TO other"
+    )
+    admin.execute("UPDATE documents SET other = NULL")
+    fresh = "SELECT count(*) FROM cdc_embedder.fresh(NULL::documents, %s)"
+    assert [one(installed, fresh, name) for name in ("embedding", "other")] == [3, 0]
+    searched = "SELECT statement FROM cdc_embedder._search_column('documents', %s)"
+    assert "t.other" in one(installed, searched, "other")
+    first = one(installed, "SELECT id FROM cdc_embedder.embedding_column WHERE target_column = 'embedding'")
+    admin.execute("SELECT cdc_embedder.remove_embedding_column('documents', 'other')")
+    assert one(installed, "SELECT count(*) FROM cdc_embedder.embedding_column WHERE id = %s", first) == 0
+    admin.execute('ALTER TABLE documents RENAME embedding TO "The Vector"')
+    admin.execute("SELECT cdc_embedder.remove_embedding_column('documents', 'The Vector')")
+    assert one(installed, "SELECT count(*) FROM cdc_embedder.embedding_column") == 0
 
 
 def test_what_is_fresh_is_read_with_the_callers_rights(bench18: Bench) -> None:
