@@ -370,6 +370,12 @@ BEGIN
       JOIN pg_attribute a ON a.attrelid = old.source_table AND a.attnum = s.attnum AND NOT a.attisdropped;
     IF new.source_columns = old.source_columns AND cardinality(names) = cardinality(old.source_attnums) THEN
         IF new.template = old.template AND names <> old.source_columns THEN
+            IF array_to_string(names, '') ~ '[{}]' THEN
+                RAISE EXCEPTION 'a source column of % was renamed, and a template cannot name it: %', old.source_table,
+                        (SELECT string_agg(quote_ident(n), ', ') FROM unnest(names) AS n WHERE n ~ '[{}]')
+                    USING ERRCODE = 'undefined_column',
+                          HINT = 'A name in a template has no brace: rename the column, or set template = NULL and a separator.';
+            END IF;
             new.template := cdc_embedder._template_of(cdc_embedder._template_parts(old.template, old.source_columns), names);
         END IF;
         new.source_columns := names;
