@@ -17,9 +17,20 @@ from tests.servers import Bench, make_bench
 
 BINARY = ("distance_l1", "distance_l2", "dot_product", "cosine_similarity", "add", "subtract", "multiply")
 UNARY = ("norm_l0", "norm_l1", "norm_l2", "norm_max", "normalize_l1", "normalize_l2", "normalize_max")
+ARITHMETIC = ("add", "subtract", "multiply", "divide")
 AGGREGATES = ("sum", "max", "min", "max_abs", "min_abs")
 
+FORMS = (
+    *((f"{name}(a, b)", name, 1) for name in BINARY),
+    *((f"{name}(a)", name, 1) for name in UNARY),
+    ("divide(a, d)", "divide", 2),
+    *((f"{name}(a, s)", name, 3) for name in ARITHMETIC),
+)
+"""How each is called, its name, and which part of a case its second argument is."""
+
 Vector = NDArray[np.float64]
+Case = tuple[Vector, Vector, Vector, float]
+"""Two vectors, one of the same length without a zero, and a number that is not zero."""
 
 
 @pytest.fixture(scope="module", params=["pg15", "pg18"])
@@ -35,22 +46,38 @@ def conn(bench: Bench) -> Iterator[Connection]:
         yield connection
 
 
+def divisors(bits: int) -> st.SearchStrategy[float]:
+    """What is neither too large nor too small for a product or a quotient of two in so many bits."""
+    positive = st.floats(2.0**-50, 2.0**50, width=bits)  # type: ignore[arg-type]
+    return st.one_of(positive, positive.map(lambda value: -value))
+
+
 def elements(bits: int) -> st.SearchStrategy[float]:
-    """Zero, or what is neither too large nor too small for a product or a quotient of two in so many bits."""
-    small, large = 2.0**-50, 2.0**50
-    positive = st.floats(small, large, width=bits)  # type: ignore[arg-type]
-    return st.one_of(st.just(0.0), st.floats(-1, 1, width=16), positive, positive.map(lambda value: -value))
+    return st.one_of(st.just(0.0), st.floats(-1, 1, width=16), divisors(bits))
 
 
-def pairs(bits: int) -> st.SearchStrategy[list[tuple[Vector, Vector]]]:
-    def of_length(length: int) -> st.SearchStrategy[tuple[Vector, Vector]]:
-        vector = st.lists(elements(bits), min_size=length, max_size=length).map(lambda v: np.array(v, np.float64))
-        return st.tuples(vector, vector)
+def vectors(element: st.SearchStrategy[float], length: int) -> st.SearchStrategy[Vector]:
+    return st.lists(element, min_size=length, max_size=length).map(lambda values: np.array(values, np.float64))
+
+
+def cases(bits: int) -> st.SearchStrategy[list[Case]]:
+    def of_length(length: int) -> st.SearchStrategy[Case]:
+        vector = vectors(elements(bits), length)
+        return st.tuples(vector, vector, vectors(divisors(bits), length), divisors(bits))
 
     return st.lists(st.integers(1, 9).flatmap(of_length), min_size=15, max_size=25)
 
 
-def expected(name: str, a: Vector, b: Vector) -> Any:
+def groups(bits: int) -> st.SearchStrategy[list[list[Vector | None]]]:
+    """Rows for aggregates; those of a group have one length, or are NULL."""
+
+    def of_length(length: int) -> st.SearchStrategy[list[Vector | None]]:
+        return st.lists(st.one_of(st.none(), *[vectors(elements(bits), length)] * 5), min_size=1, max_size=8)
+
+    return st.lists(st.integers(1, 9).flatmap(of_length), min_size=15, max_size=25)
+
+
+def expected(name: str, a: Vector, b: Vector | float) -> Any:
     norms = {"l0": 0, "l1": 1, "l2": 2, "max": np.inf}
     match name.split("_"):
         case ["norm", kind]:
@@ -66,36 +93,61 @@ def expected(name: str, a: Vector, b: Vector) -> Any:
     return getattr(np, name)(a, b)
 
 
-def assert_near(name: str, got: Any, a: Vector, b: Vector, tolerance: float) -> None:
+def assert_near(name: str, got: Any, a: Vector, b: Any, tolerance: float) -> None:
     """Within the rounding of the result, and of sums whose terms cancel."""
     with np.errstate(invalid="ignore", divide="ignore"):
         want = expected(name, a, b)
-        scale = {"dot_product": np.abs(a) @ np.abs(b), "cosine_similarity": 1.0}.get(name, 0.0)
+        scale = np.abs(a) @ np.abs(b) if name == "dot_product" else float(name == "cosine_similarity")
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=1e-14 * scale, err_msg=f"{name}({a}, {b})")
 
 
 @pytest.mark.parametrize(("element", "bits", "tolerance"), [("real", 32, 1e-6), ("double precision", 64, 1e-12)])
 def test_every_function_is_numpys(conn: Connection, element: str, bits: int, tolerance: float) -> None:
-    calls = [f"cdc_embedder.{name}(a, b)" for name in BINARY] + [f"cdc_embedder.{name}(a)" for name in UNARY]
+    calls = ", ".join(f"cdc_embedder.{call}" for call, *_ in FORMS)
     statement = (
-        f"SELECT {', '.join(calls)} FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS t(x, y, n),"
-        f" LATERAL (SELECT x::{element}[], y::{element}[]) AS v(a, b) ORDER BY n"
+        f"SELECT {calls} FROM unnest({', '.join(['%s::text[]'] * 4)}) WITH ORDINALITY AS t(w, x, y, z, n),"
+        f" LATERAL (SELECT w::{element}[], x::{element}[], y::{element}[], z::{element}) AS v(a, b, d, s) ORDER BY n"
     )
 
     @settings(max_examples=8)
-    @given(pairs(bits))
-    def check(cases: list[tuple[Vector, Vector]]) -> None:
-        literals = [[literal(vector) for vector in side] for side in zip(*cases, strict=True)]
+    @given(cases(bits))
+    def check(cases: list[Case]) -> None:
+        literals = [[literal(value) for value in side] for side in zip(*cases, strict=True)]
         rows = conn.execute(statement, literals).fetchall()  # type: ignore[arg-type]
-        for (a, b), row in zip(cases, rows, strict=True):
-            for name, got in zip((*BINARY, *UNARY), row, strict=True):
-                assert_near(name, got, a, b, tolerance)
+        for case, row in zip(cases, rows, strict=True):
+            for (_, name, second), got in zip(FORMS, row, strict=True):
+                assert_near(name, got, case[0], case[second], tolerance)
 
     check()
 
 
-def literal(vector: Vector) -> str:
-    return "{" + ",".join(map(repr, vector.tolist())) + "}"
+def literal(value: Vector | float) -> str:
+    return repr(value) if isinstance(value, float) else "{" + ",".join(map(repr, value.tolist())) + "}"
+
+
+@pytest.mark.parametrize(("element", "bits", "tolerance"), [("real", 32, 1e-6), ("double precision", 64, 1e-12)])
+def test_every_aggregate_is_numpys(conn: Connection, element: str, bits: int, tolerance: float) -> None:
+    calls = ", ".join(f"cdc_embedder.{name}(x::{element}[])" for name in AGGREGATES)
+    statement = f"SELECT {calls} FROM unnest(%s::int[], %s::text[]) AS t(g, x) GROUP BY g ORDER BY g"
+
+    @settings(max_examples=8)
+    @given(groups(bits))
+    def check(groups: list[list[Vector | None]]) -> None:
+        rows = [(number, vector) for number, group in enumerate(groups) for vector in group]
+        texts = [None if vector is None else literal(vector) for _, vector in rows]
+        found = conn.execute(statement, ([number for number, _ in rows], texts)).fetchall()  # type: ignore[arg-type]
+        for group, row in zip(groups, found, strict=True):
+            there = np.array([vector for vector in group if vector is not None])
+            if not len(there):
+                assert row == (None,) * len(AGGREGATES)
+                continue
+            for name, got in zip(AGGREGATES, row, strict=True):
+                kind, of = name.partition("_")[0], np.abs(there) if name.endswith("abs") else there
+                # a sum's terms may cancel
+                scale = np.abs(there).sum(0).max() if kind == "sum" else 0.0
+                np.testing.assert_allclose(got, getattr(of, kind)(0), rtol=tolerance, atol=1e-14 * scale, err_msg=name)
+
+    check()
 
 
 @pytest.mark.parametrize("element", ["real", "double precision"])
