@@ -11,7 +11,7 @@ from benchmarks import gpu, table
 from benchmarks.plot import plot
 from benchmarks.results import FOLDER, write
 
-ON_A_CPU = ("pipeline", "accelerator", "path", "latency", "price", "writeback")
+ON_A_CPU = ("pipeline", "accelerator", "path", "latency", "embed", "price", "writeback")
 
 
 def main() -> int:

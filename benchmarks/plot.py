@@ -12,6 +12,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "accelerator": ("achieved_to_offered",),
     "path": ("rows_per_s", "client_us", "server_us"),
     "latency": ("p50_ms", "p99_ms"),
+    "embed": ("p50_ms", "p99_ms"),
     "price": ("p50_ms", "p99_ms", "tps"),
     "writeback": ("rows_per_s", "wal_bytes_per_row"),
     "gpu": ("docs_per_s", "mfu"),

@@ -71,6 +71,11 @@ LINES = (
                             *((f"fake, {rate}/s, backfill", "≤ double") for rate in (10, 100, 500)),
                             *((f"all-MiniLM-L6-v2, {rate}/s, idle", "") for rate in (10, 100, 500)),
                             *((f"all-MiniLM-L6-v2, {rate}/s, backfill", "") for rate in (10, 100, 500)))),
+    *(Line("embed", f"a call of embed in SQL, {model}, {server}: p50 / p95 / p99", "",
+           median(f"{server}, {model}", "p50_ms", "p95_ms", "p99_ms", unit="ms", digits=1))
+      for model in ("fake", "all-MiniLM-L6-v2") for server in ("18 pgoutput", "15 wal2json")),
+    Line("embed", "all-MiniLM-L6-v2 alone, one text: p50 / p95 / p99", "",
+         median("all-MiniLM-L6-v2 alone", "p50_ms", "p95_ms", "p99_ms", unit="ms", digits=1)),
     *(Line("price", f"{kind}s, {name}: {what} ÷ bare", goal if name == "ours" else "",
            interval(f"{kind}, {name}: {measure} / bare"))
       for kind in ("insert", "update") for name in ("ours", "trigger + queue", "pgai's trigger", "call in trigger")

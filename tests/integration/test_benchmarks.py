@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accelerator, gpu, table
+from benchmarks import accelerator, embed, gpu, table
 from benchmarks.results import read, write
 
 
@@ -21,6 +21,18 @@ def test_the_simulated_accelerator_runs_at_its_smallest(tmp_path: Path) -> None:
     shown = table.table(read(tmp_path))
     assert "| achieved of a simulated accelerator of 2,000 rows/s | not measured" not in shown
     assert "| achieved of a simulated accelerator of 2,000 rows/s |" in shown
+
+
+@pytest.mark.usefixtures("pg18")
+def test_calls_of_embed_are_measured_at_their_smallest(tmp_path: Path) -> None:
+    result = embed.run(embed.SETTINGS["tiny"])
+    assert [measured.variant for measured in result.measurements] == ["18 pgoutput, fake", "fake alone"]
+    for measured in result.measurements:
+        assert 0 < measured.values["p50_ms"] <= measured.values["p95_ms"] <= measured.values["p99_ms"]
+    write(result, tmp_path, [])
+    shown = table.table(read(tmp_path))
+    assert "| a call of embed in SQL, fake, 18 pgoutput: p50 / p95 / p99 | not measured" not in shown
+    assert "| a call of embed in SQL, fake, 15 wal2json: p50 / p95 / p99 | not measured" in shown
 
 
 def test_the_gpu_suite_runs_on_a_cpu_at_its_smallest() -> None:
