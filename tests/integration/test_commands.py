@@ -185,6 +185,8 @@ def test_a_column_is_not_removed_by_the_name_that_its_table_had_before_another_t
     assert bench18.admin.execute("SELECT source_table::text FROM cdc_embedder.embedding_column").fetchall() == [
         ("old",)
     ]
+    succeeds(bench18, "remove", "old.embedding")
+    assert enabled(bench18) == []
 
 
 def test_a_schema_that_is_older_than_the_program_is_told_where_something_of_it_is_missing(bench18: Bench) -> None:
