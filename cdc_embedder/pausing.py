@@ -89,26 +89,30 @@ def called(connection: Connection, name: str) -> Meant:
     parts = split(name)
     if 1 < len(parts) <= 3 and (found := configured(connection, parts[:-1], parts[-1])):
         there = found[0]["there"]
-        return Meant(join(parts[:-1]) if there else found[0]["stored"], [found[0]["id"]], one=True, gone=not there)
+        return Meant(join(parts[:-1]) if there else _stored(found[0]), [found[0]["id"]], one=True, gone=not there)
     if len(parts) <= 2:
         table, found = join(parts), configured(connection, parts)
-        if connection.execute("SELECT to_regclass($1) IS NOT NULL AS yes", (table,)).fetchall()[0]["yes"]:
+        if connection.execute("SELECT pg_catalog.to_regclass($1) IS NOT NULL AS yes", (table,)).fetchall()[0]["yes"]:
             return Meant(table, [row["id"] for row in found if row["present"]], one=False, gone=False)
         if found:
-            return Meant(found[0]["stored"], [row["id"] for row in found], one=False, gone=True)
+            return Meant(_stored(found[0]), [row["id"] for row in found], one=False, gone=True)
     raise Problem(f"{name} is neither a table nor a configured column", hint="see: cdc-embedder status")
 
 
 def configured(connection: Connection, table: Sequence[str], target: str | None = None) -> list[Row]:
     """The configured columns that the identifiers of a table, and of a column, may mean, the likeliest first.
 
-    `there`: a table has that name; `present`: it is the column's; `gone`: the column's was dropped; `stored`: the name
-    that it had when the column was configured. None of more than two parts.
+    `there`: a table has that name; `present`: it is the column's; `gone`: the column's was dropped; `source_schema` and
+    `source_name`: the name that it had when the column was configured. None of more than two parts.
     """
     if len(table) > 2:
         return []
     schema = table[0] if len(table) == 2 else None
     return connection.execute(_CONFIGURED, (join(table), schema, table[-1], target)).fetchall()
+
+
+def _stored(row: Row) -> str:
+    return join_plain([row["source_schema"], row["source_name"]])
 
 
 def _there(meant: Meant) -> Meant:
@@ -125,19 +129,23 @@ def _number(connection: Connection, statement: LiteralString, table: str) -> int
     return int(row["columns"])
 
 
+# In the operator's search path, for the name's sake: nothing else is looked for by it, where others may make things.
 _CONFIGURED = """
-SELECT c.id, named.oid IS NOT NULL AS there, c.source_table IS NOT DISTINCT FROM named.oid AS present,
-       t.oid IS NULL AS gone, format('%I.%I', c.source_schema, c.source_name) AS stored
+SELECT c.id, named.oid IS NOT NULL AS there, t.oid IS NULL AS gone, c.source_schema, c.source_name,
+       coalesce(c.source_table OPERATOR(pg_catalog.=) named.oid, false) AS present
   FROM cdc_embedder.embedding_column c
-  LEFT JOIN pg_class t ON t.oid = c.source_table
-  LEFT JOIN (SELECT n.oid, n.relname, s.nspname AS schema
-               FROM pg_class n JOIN pg_namespace s ON s.oid = n.relnamespace
-              WHERE n.oid = to_regclass($1)) named ON true
- WHERE ($4::name IS NULL OR c.target_column = $4)
+  LEFT JOIN pg_catalog.pg_class t ON t.oid OPERATOR(pg_catalog.=) c.source_table
+  LEFT JOIN (SELECT n.oid, n.relname, s.nspname
+               FROM pg_catalog.pg_class n
+               JOIN pg_catalog.pg_namespace s ON s.oid OPERATOR(pg_catalog.=) n.relnamespace
+              WHERE n.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass($1)) named ON true
+ WHERE ($4::pg_catalog.name IS NULL OR c.target_column OPERATOR(pg_catalog.=) $4)
    AND CASE WHEN named.oid IS NULL
-            THEN t.oid IS NULL AND c.source_name = $3::name
-                 AND (c.source_schema = $2::name OR $2 IS NULL AND c.source_schema = ANY (current_schemas(true)))
-            ELSE c.source_table = named.oid
-                 OR (c.source_schema, c.source_name) = (named.schema, named.relname) END
+            THEN t.oid IS NULL AND c.source_name OPERATOR(pg_catalog.=) $3::pg_catalog.name
+                 AND (c.source_schema OPERATOR(pg_catalog.=) $2::pg_catalog.name
+                      OR $2 IS NULL AND c.source_schema OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true)))
+            ELSE c.source_table OPERATOR(pg_catalog.=) named.oid
+                 OR c.source_schema OPERATOR(pg_catalog.=) named.nspname
+                    AND c.source_name OPERATOR(pg_catalog.=) named.relname END
  ORDER BY present DESC, c.id
 """

@@ -36,12 +36,14 @@ def wait_for_pending(
     target = connection.execute("SELECT pg_current_wal_insert_lsn()::text AS lsn").fetchall()[0]["lsn"]
     worked: dict[int, float] = {}
     told = ""
-    # as in wait_until_embedded: has the service note how far a slot on a standby is
-    connection.execute("SELECT pg_advisory_lock_shared(1667523429, 2)")
+    locked = False
     while True:
+        # as in wait_until_embedded: has the service note how far a slot on a standby is
+        locked = locked or connection.execute(_LOCK).fetchall()[0]["locked"]
         waiting = [row for row in connection.execute(_WAITING, (ids, target, PAGE_HEADER)).fetchall() if row["waits"]]
         if not waiting:
-            connection.execute("SELECT pg_advisory_unlock_shared(1667523429, 2)")
+            if locked:
+                connection.execute("SELECT pg_advisory_unlock_shared(1667523429, 2)")
             return
         awaited = ", ".join(column_of(row["source_table"], row["target_column"]) for row in waiting)
         if awaited != told:
@@ -61,6 +63,9 @@ def wait_for_pending(
         time.sleep(0.2)
 
 
+_LOCK = "SELECT pg_catalog.pg_try_advisory_lock_shared(1667523429, 2) AS locked"
+"""Tried for and not waited for: any role could hold it, and whoever does is seen by the service as well."""
+
 _WAITING = """
 SELECT s.id, s.source_table, s.target_column, s.state, s.reason,
        s.state <> 'live' OR coalesce(s.pending, 0) > 0
@@ -69,6 +74,7 @@ SELECT s.id, s.source_table, s.target_column, s.state, s.reason,
   FROM cdc_embedder.status s
   JOIN cdc_embedder.embedding_column c ON c.id = s.id
   LEFT JOIN cdc_embedder.scan n ON n.column_id = s.id
- WHERE s.id = ANY ($1) AND c.enabled AND EXISTS (SELECT FROM pg_class t WHERE t.oid = c.source_table)
+ WHERE s.id = ANY ($1) AND c.enabled
+   AND EXISTS (SELECT FROM pg_catalog.pg_class t WHERE t.oid OPERATOR(pg_catalog.=) c.source_table)
  ORDER BY s.id
 """
