@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from io import StringIO
 from typing import Any
 
+import psycopg
 import pytest
 from pydantic import SecretStr
 from rich.console import Console
@@ -403,6 +404,14 @@ def test_wait_returns_when_what_was_committed_is_embedded(bench: Bench) -> None:
             bench.admin.execute("SELECT cdc_embedder.reconcile('documents')")
             wait_for_pending(connection, [1])
         assert differences(bench) == {"rows": 300, "null": 30, "current": 270}
+        assert service.stop() == 0
+
+
+def test_a_lock_of_a_stranger_s_does_not_keep_it_waiting(bench18: Bench) -> None:
+    make_documents(bench18, rows=10)
+    with running(bench18) as service, psycopg.connect(bench18.dsn_admin, autocommit=True) as stranger:
+        stranger.execute("SELECT pg_advisory_lock(1667523429, 2)")
+        assert waited(bench18) == {"rows": 10, "null": 1, "current": 9}
         assert service.stop() == 0
 
 
