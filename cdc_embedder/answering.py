@@ -95,7 +95,7 @@ class Answering:
         problem = error if isinstance(error, Problem) else None
         if isinstance(error, psycopg.Error):
             problem = from_database(error, "answering SQL")
-        sentence = f"SQL is not answered: {problem.sentence if problem else error}"
+        sentence = f"SQL is not answered: {problem.sentence if problem else error}; trying again"
         if sentence != self._told:
             log.warning("%s", sentence)
         self._told = sentence

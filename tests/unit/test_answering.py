@@ -22,9 +22,12 @@ class Lost(Answering):
         super().__init__("", "", "slot", Queries(Embedders()), 60.0)
         self.end = asyncio.Event()
         self.turns = 0
+        self.again = asyncio.Event()
 
     async def _turn(self) -> None:
         self.turns += 1
+        if self.turns > 1:
+            self.again.set()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._lose())
             await asyncio.Event().wait()
@@ -47,3 +50,13 @@ async def test_a_cancellation_that_comes_with_the_end_of_its_stream_is_not_lost(
     await asyncio.wait({task}, timeout=30)
     assert task.cancelled()
     assert answering.turns == 1
+
+
+async def test_trouble_is_told_once_with_what_happens_next(caplog: pytest.LogCaptureFixture) -> None:
+    answering = Lost()
+    answering.end.set()
+    task = asyncio.create_task(answering.run())
+    await answering.again.wait()
+    task.cancel()
+    await asyncio.wait({task})
+    assert caplog.messages == ["SQL is not answered: the stream was lost; trying again"]
