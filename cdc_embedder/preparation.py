@@ -115,19 +115,9 @@ async def take_slot(
             hint="give CDC_EMBEDDER_SLOT another name, or drop the slot",
         )
     if found is not None and (found.lost or found.plugin in refused or spoiled):
-        reason = (
-            f"was invalidated ({found.invalidation_reason})"
-            if found.lost
-            else "is stuck"
-            if spoiled
-            else f"uses {found.plugin}, refused now"
-        )
         if found.plugin in refused:
             await slots.probe(there, slot, "pgoutput")  # what cannot be replaced is not dropped
-        log.error("the slot %s %s: it is made anew, and everything is scanned", slot, reason)
-        await _want_all(connection, slot, "the slot was made anew")
-        await slots.drop(there, slot)
-        await standbys.note_dropped(connection, slot)
+        await _drop_slot(connection, there, found, "is stuck" if spoiled else f"uses {found.plugin}, refused now")
         found = None
     if found is None or found.plugin is None:
         used = await _make_slot(connection, standby, dsn, slot, "pgoutput" if refused else plugin)
@@ -137,6 +127,16 @@ async def take_slot(
     await _settle_publication(connection, slot, used)
     await _look_at_history(connection, slot)
     return Taken(slot, used, encoding, found.confirmed_flush_lsn if found is not None else None)
+
+
+async def _drop_slot(connection: Connection, there: Connection, found: slots.Slot, reason: str) -> None:
+    """Drop a slot that is to be made anew, when a scan of every column is requested. `reason`: if it was not lost."""
+    if found.lost:
+        reason = f"was invalidated ({found.invalidation_reason})"
+    log.error("the slot %s %s: it is made anew, and everything is scanned", found.name, reason)
+    await _want_all(connection, found.name, "the slot was made anew")
+    await slots.drop(there, found.name)
+    await standbys.note_dropped(connection, found.name)
 
 
 async def _make_slot(connection: Connection, standby: Connection | None, dsn: str, slot: str, plugin: str) -> str:
